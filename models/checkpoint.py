@@ -1,0 +1,52 @@
+"""Files of a trained head: one safetensors file whose buffers lie exactly as in memory. No pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from models.head import Block, Head, HeadError
+
+_LAYOUT = "fanin-head"
+# The file says bf16 where numpy can only say uint16, so other readers of safetensors see true numbers.
+_AS_TORCH = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+
+
+def save_head(head: Head, path: Path) -> None:
+    """Writes the head's buffers as "<block>.<buffer>"; the layout stands in the file's metadata."""
+    tensors = {}
+    for i, block in enumerate(head.blocks):
+        for name, array in block.buffers.items():
+            tensor = torch.from_numpy(array)
+            if name == "values" and block.dtype in _AS_TORCH:
+                tensor = tensor.view(_AS_TORCH[block.dtype])
+            tensors[f"{i}.{name}"] = tensor
+    blocks = [{"connectivity": block.connectivity, "dtype": block.dtype} for block in head.blocks]
+    layout = {"width": head.width, "labels": head.n_labels, "blocks": blocks}
+    save_file(tensors, path, metadata={_LAYOUT: json.dumps(layout)})
+
+
+def load_head(path: Path) -> Head:
+    """The head in `path`, its buffers writable and validated; HeadError names the file and the fault."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            layout = json.loads(file.metadata()[_LAYOUT])
+            blocks = []
+            for i, facts in enumerate(layout["blocks"]):
+                names = [key.split(".", 1)[1] for key in file.keys() if key.startswith(f"{i}.")]  # noqa: SIM118
+                arrays = {name: file.get_tensor(f"{i}.{name}") for name in names}
+                if facts["dtype"] in _AS_TORCH:
+                    arrays["values"] = arrays["values"].view({2: torch.uint16, 1: torch.uint8}[arrays["values"].element_size()])
+                buffers = {name: tensor.numpy() for name, tensor in arrays.items()}
+                blocks.append(Block(facts["connectivity"], layout["width"], facts["dtype"], **buffers))
+            head = Head(layout["width"], layout["labels"], tuple(blocks))
+        head.validate()
+    except (HeadError, KeyError, TypeError, ValueError) as error:
+        raise HeadError(f"{path}: {error}") from error
+    except Exception as error:  # safetensors raises its own type for a damaged file
+        raise HeadError(f"{path}: not a readable checkpoint ({error})") from error
+    return head

@@ -1,0 +1,94 @@
+"""The operations on a head. `reference` says what each means; `cpu` (C++) is what these functions run.
+
+Arguments are checked here, once, for every backend: a wrong shape or type is a ValueError that names the argument.
+Dimensions: B batch, D width, L labels, N groups, K fan-in, G group size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from models.head import Block, Head
+from models.kernels import cpu
+from models.kernels.step import Loss, Moments, Optimizer, Positives, rounding_key
+
+__all__ = [
+    "Loss", "Moments", "Optimizer", "Positives", "grad_input", "grad_values", "rounding_key", "scores", "topk", "train_step",
+]  # fmt: skip
+
+
+def topk(x: np.ndarray, head: Head, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k best labels per row of x fp32 [B, D], exactly: scores fp32 [B, k] descending, label ids int32 [B, k].
+
+    No [B, L] matrix is made. Equal scores come in any order. With fewer than k labels, all of them (k = L).
+    """
+    x = _input(x, head.width)
+    if k < 1:
+        raise ValueError(f"k is {k}, must be at least 1")
+    return cpu.topk(x, head, min(k, head.n_labels))
+
+
+def scores(x: np.ndarray, block: Block) -> np.ndarray:
+    """All scores of a block, fp32 [B, N, G], for x fp32 [B, D]; padding slots score −inf."""
+    return cpu.scores(_input(x, block.width), block)
+
+
+def train_step(
+    x: np.ndarray,
+    positives: Positives,
+    block: Block,
+    moments: Moments,
+    *,
+    loss: Loss,
+    optimizer: Optimizer,
+    step: int,
+    key: int,
+) -> tuple[float, np.ndarray]:
+    """Forward, loss, gradients and weight update in one pass: returns the loss and ∂loss/∂x fp32 [B, D].
+
+    The loss is summed over the block's labels and averaged over the rows. Values, bias and moments change in place; bf16
+    values are rounded stochastically with `key` (see `rounding_key`). `step` counts from 1. Values must be fp32 or bf16.
+    Results are the same bit for bit for the same number of threads.
+    """
+    x = _input(x, block.width)
+    if block.dtype not in ("fp32", "bf16"):
+        raise ValueError(f"a block with {block.dtype} values cannot be trained; use fp32 or bf16")
+    if loss not in ("bce", "squared_hinge"):
+        raise ValueError(f"loss is {loss!r}, must be 'bce' or 'squared_hinge'")
+    expected = {"sgd": 0, "momentum": 1, "adam": 2}[optimizer.kind]
+    if len(moments.values) != expected or any(m.shape != block.values.shape for m in moments.values):
+        raise ValueError(f"moments do not fit the block and optimizer {optimizer.kind!r}")
+    if step < 1:
+        raise ValueError(f"step is {step}, must count from 1")
+    slots, rows = positives.slots, positives.rows
+    if len(slots) != len(rows) or (len(slots) and not _within(slots, block.bias.size) & _within(rows, len(x))):
+        raise ValueError("positives do not fit the block and batch")
+    return cpu.train_step(x, positives, block, moments, loss=loss, optimizer=optimizer, step=step, key=key)
+
+
+def grad_input(grad: np.ndarray, block: Block) -> np.ndarray:
+    """∂/∂x fp32 [B, D] from the gradient of the scores, fp32 [B, N, G]."""
+    return cpu.grad_input(_gradient(grad, block), block)
+
+
+def grad_values(x: np.ndarray, grad: np.ndarray, block: Block) -> np.ndarray:
+    """∂/∂values fp32 [N, K, G] from x fp32 [B, D] and the gradient of the scores, fp32 [B, N, G]."""
+    return cpu.grad_values(_input(x, block.width), _gradient(grad, block), block)
+
+
+def _input(x: np.ndarray, width: int) -> np.ndarray:
+    if x.ndim != 2 or x.shape[1] != width or x.dtype != np.float32:
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}, expected float32 [B, {width}]")
+    if not np.isfinite(x).all():
+        raise ValueError(f"x row {np.argwhere(~np.isfinite(x))[0][0]} has a value that is not finite")
+    return np.ascontiguousarray(x)
+
+
+def _gradient(grad: np.ndarray, block: Block) -> np.ndarray:
+    if grad.ndim != 3 or grad.shape[1:] != block.bias.shape or grad.dtype != np.float32:
+        raise ValueError(f"grad is {grad.dtype} {list(grad.shape)}, expected float32 [B, {', '.join(map(str, block.bias.shape))}]")
+    return np.ascontiguousarray(grad)
+
+
+def _within(array: np.ndarray, stop: int) -> bool:
+    return bool(array.min() >= 0 and array.max() < stop)
