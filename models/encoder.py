@@ -1,0 +1,242 @@
+"""The text encoder in front of the head: a transformer, pooling over its tokens, an optional intermediate layer.
+
+Dimensions: B batch, S sequence length, H pooled embedding width, D head input width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from safetensors.torch import load_model, save_model
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedModel
+
+from models.wordpiece import PAD, learn_wordpiece
+
+Pooling = Literal["cls", "mean", "last"]
+MAX_WIDTH = 65_536  # the head addresses its inputs with 16 bits
+_CONFIG, _WEIGHTS, _TOKENIZER, _SETTINGS = "config.json", "model.safetensors", "tokenizer.json", "encoder.json"
+# "sdpa" computes the same on every backend and exports to ONNX; the fused CPU kernels behind it train fastest.
+_ATTENTION = "sdpa"
+
+
+class EncoderError(ValueError):
+    """An encoder cannot be made, loaded or configured; the message names the model or file and the fault."""
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """What Fanin adds around a transformer.
+
+    pooling       "cls" first token, "mean" of the tokens, "last" token (decoder-style embedders)
+    max_length    tokens per text, special tokens included; longer texts are cut
+    intermediate  width of the Linear + ReLU layer in front of the head, 0 for none
+    dropout       on the pooled embedding, while training
+    """
+
+    pooling: Pooling
+    max_length: int
+    intermediate: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.pooling not in get_args(Pooling):
+            raise EncoderError(f"pooling is {self.pooling!r}, not one of {', '.join(get_args(Pooling))}")
+        if self.max_length < 1:
+            raise EncoderError(f"max_length is {self.max_length}, must be at least 1")
+        if not 0 <= self.intermediate <= MAX_WIDTH:
+            raise EncoderError(f"intermediate is {self.intermediate}, must be 0 (none) to {MAX_WIDTH}")
+        if not 0 <= self.dropout < 1:
+            raise EncoderError(f"dropout is {self.dropout}, must be at least 0 and below 1")
+
+
+class Encoder(nn.Module):
+    """Token ids int64 [B, S] → embeddings fp32 [B, D]. Made by `pretrained`, `small` or `load`, always in eval mode.
+
+    config           EncoderConfig
+    tokenizer        tokenizers.Tokenizer that neither pads nor truncates: callers decide
+    pad_id           token id to pad with; padding goes to the right
+    embedding_width  H
+    width            D: the intermediate layer's width, or H
+    """
+
+    def __init__(self, transformer: PreTrainedModel, tokenizer: Tokenizer, pad_id: int, config: EncoderConfig) -> None:
+        """Puts the parts together. The intermediate layer's weights come from torch's global generator."""
+        super().__init__()
+        positions = _positions(transformer)
+        if positions is not None and config.max_length > positions:
+            raise EncoderError(f"max_length is {config.max_length}, the model has {positions} positions")
+        special = tokenizer.num_special_tokens_to_add(is_pair=False)
+        if config.max_length <= special:
+            raise EncoderError(f"max_length is {config.max_length}, but {special} of them are special tokens")
+        if getattr(transformer, "pooler", None) is not None:
+            transformer.pooler = None  # never used here: it would only be stored and exported
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.pad_id = pad_id
+        self.embedding_width: int = transformer.config.hidden_size
+        self.width = config.intermediate or self.embedding_width
+        self.transformer = transformer
+        self.dropout = nn.Dropout(config.dropout)
+        self.intermediate = nn.Linear(self.embedding_width, config.intermediate) if config.intermediate else None
+        self._room = config.max_length - special
+        self.eval()
+
+    @classmethod
+    def pretrained(cls, name_or_path: str | Path, config: EncoderConfig) -> Encoder:
+        """A Hugging Face encoder by hub name or local folder, in fp32. It must have a fast tokenizer (tokenizer.json)."""
+        try:
+            transformer, report = AutoModel.from_pretrained(
+                name_or_path, dtype=torch.float32, attn_implementation=_ATTENTION, output_loading_info=True
+            )
+            fast = AutoTokenizer.from_pretrained(name_or_path)
+        except Exception as error:  # files, network and model code each raise their own types
+            raise EncoderError(f"{name_or_path}: cannot be loaded as a Hugging Face model: {_summary(error)}") from error
+        missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+        if missing:
+            raise EncoderError(f"{name_or_path}: {len(missing)} weights are missing, {missing[0]} first")
+        if transformer.config.is_encoder_decoder:
+            raise EncoderError(f"{name_or_path}: is an encoder-decoder; a plain encoder is needed")
+        backend = getattr(fast, "backend_tokenizer", None)
+        if backend is None:
+            raise EncoderError(f"{name_or_path}: has no fast tokenizer")
+        transformer.config.use_cache = False
+        pad_id = next((i for i in (fast.pad_token_id, transformer.config.pad_token_id) if i is not None), 0)
+        try:
+            return cls(transformer, Tokenizer.from_str(backend.to_str()), pad_id, config)
+        except EncoderError as error:
+            raise EncoderError(f"{name_or_path}: {error}") from None
+
+    @classmethod
+    def small(
+        cls,
+        texts: Sequence[str],
+        config: EncoderConfig,
+        *,
+        vocabulary: int = 30_000,
+        width: int = 256,
+        layers: int = 3,
+        heads: int = 4,
+        seed: int,
+    ) -> Encoder:
+        """A BERT of `layers` layers with random weights and a WordPiece vocabulary learned from `texts`.
+
+        It needs no model at hand and trains from scratch within minutes on two cores. The same texts and seed give the same
+        encoder bit for bit.
+        """
+        if width < 1 or heads < 1 or width % heads:
+            raise EncoderError(f"width is {width}, must be a multiple of the {heads} heads")
+        if layers < 1:
+            raise EncoderError(f"layers is {layers}, must be at least 1")
+        try:
+            tokenizer = learn_wordpiece(texts, vocabulary)
+        except ValueError as error:
+            raise EncoderError(str(error)) from None
+        pad_id = tokenizer.token_to_id(PAD)
+        shape = BertConfig(
+            vocab_size=tokenizer.get_vocab_size(),
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=4 * width,
+            max_position_embeddings=config.max_length,
+            type_vocab_size=1,
+            pad_token_id=pad_id,
+            attn_implementation=_ATTENTION,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(BertModel(shape, add_pooling_layer=False), tokenizer, pad_id, config)
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text with its special tokens, at most `config.max_length`, without padding."""
+        ids = []
+        for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+            encoding.truncate(self._room)
+            ids.append(self.tokenizer.post_process(encoding).ids)
+        return ids
+
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """One vector per text, fp32 [B, H], from token ids and mask (1 token, 0 padding), both int64 [B, S]."""
+        hidden = self.transformer(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()  # [B, S, H]
+        if self.config.pooling == "cls":
+            return hidden[:, 0]
+        if self.config.pooling == "mean":
+            mask = attention_mask.unsqueeze(-1).float()
+            return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        last = (attention_mask * places).amax(dim=1)  # [B]
+        return hidden.gather(1, last[:, None, None].expand(-1, -1, hidden.shape[2])).squeeze(1)
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """The head's input fp32 [B, D]: dropout (while training), then the intermediate layer if there is one."""
+        embedding = self.dropout(pooled)
+        return embedding if self.intermediate is None else self.intermediate(embedding).relu()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Head inputs fp32 [B, D] from token ids and mask, both int64 [B, S]."""
+        return self.project(self.pooled(input_ids, attention_mask))
+
+    def save(self, folder: Path) -> None:
+        """Writes config.json, model.safetensors, tokenizer.json and encoder.json into `folder`, which is made if absent."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.transformer.config.save_pretrained(folder)
+        save_model(self, str(folder / _WEIGHTS))
+        self.tokenizer.save(str(folder / _TOKENIZER))
+        widths = {"pad_id": self.pad_id, "embedding_width": self.embedding_width, "width": self.width}
+        settings = asdict(self.config) | widths
+        (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Encoder:
+        """The encoder that `save` wrote, bit for bit; EncoderError names the file that is missing or damaged."""
+        with _reading(folder / _SETTINGS) as path:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            config = EncoderConfig(**{field.name: settings[field.name] for field in fields(EncoderConfig)})
+            pad_id = int(settings["pad_id"])
+        with _reading(folder / _TOKENIZER) as path:
+            tokenizer = Tokenizer.from_file(str(path))
+        with torch.random.fork_rng(devices=[]):  # weights drawn here are replaced at once
+            with _reading(folder / _CONFIG):
+                shape = AutoConfig.from_pretrained(folder)
+                transformer = AutoModel.from_config(shape, dtype=torch.float32, attn_implementation=_ATTENTION)
+            with _reading(folder / _SETTINGS):
+                encoder = cls(transformer, tokenizer, pad_id, config)
+        with _reading(folder / _WEIGHTS) as path:
+            load_model(encoder, path)
+        return encoder
+
+
+def _positions(transformer: PreTrainedModel) -> int | None:
+    """The longest sequence the model has positions for; None if they are not counted."""
+    positions = getattr(transformer.config, "max_position_embeddings", None)
+    table = getattr(getattr(transformer, "embeddings", None), "position_embeddings", None)
+    # RoBERTa and its kin count positions from the padding id + 1.
+    offset = getattr(table, "padding_idx", None)
+    return positions if positions is None or offset is None else positions - offset - 1
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    """Turns any fault while `path` is read into an EncoderError that names it: each library has its own exception types."""
+    if not path.is_file():
+        raise EncoderError(f"{path}: missing")
+    try:
+        yield path
+    except Exception as error:
+        raise EncoderError(f"{path}: {_summary(error)}") from error
+
+
+def _summary(error: Exception) -> str:
+    """The first line of an error's message, with its type where that alone says little (KeyError)."""
+    first = str(error).strip().partition("\n")[0]
+    return first if isinstance(error, EncoderError) else f"{type(error).__name__}: {first}"

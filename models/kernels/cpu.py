@@ -1,0 +1,106 @@
+"""The head's operations in C++ (csrc/), for x86-64 (AVX-512, AVX2) and aarch64 (NEON), with a scalar form for all others.
+
+The instruction set is the best this machine has; FANIN_CPU_LEVEL=avx512|avx2|neon|scalar forces one. All cores the process may
+use take part (affinity mask and cgroup quota); FANIN_THREADS=N or `set_threads` changes that. Calls let go of the GIL.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import cast
+
+import numpy as np
+
+from models.head import Block, Head
+from models.kernels.step import Loss, Moments, Optimizer, Positives
+
+try:
+    from models.kernels import _cpu
+except ImportError as error:
+    raise ImportError(
+        f"the compiled kernels are missing ({error}). Build them with `pip install -e .` in the project's folder, "
+        "or run an installed fanin from another folder"
+    ) from error
+
+LEVELS: tuple[str, ...] = tuple(_cpu.levels())  # what this machine can run, best first
+default_threads = _cpu.default_threads
+threads = _cpu.threads
+level = _cpu.level
+
+
+def use_level(name: str) -> None:
+    """Switches the instruction set; ValueError when this machine cannot run it."""
+    if not _cpu.use_level(name):
+        raise ValueError(f"instruction set {name!r} cannot run here; this machine has {', '.join(LEVELS)}")
+
+
+def set_threads(count: int) -> None:
+    """Threads of every later call; ValueError below 1."""
+    if count < 1:
+        raise ValueError(f"threads is {count}, must be at least 1")
+    _cpu.set_threads(count)
+
+
+if forced := os.environ.get("FANIN_CPU_LEVEL"):
+    use_level(forced)
+if forced := os.environ.get("FANIN_THREADS"):
+    set_threads(int(forced))
+
+
+def _native(block: Block) -> _cpu.Block:
+    return _cpu.Block(
+        block.connectivity, block.width, block.dtype, block.values, block.bias, block.label_ids, cast(np.ndarray, block.indices)
+    )
+
+
+def topk(x: np.ndarray, head: Head, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """See models.kernels.topk. OverflowError when scores of a row are not finite, so that no k best exist."""
+    scores = np.empty((len(x), k), dtype=np.float32)
+    labels = np.empty((len(x), k), dtype=np.int32)
+    _cpu.topk([_native(block) for block in head.blocks], x, k, scores, labels)
+    if (labels < 0).any():
+        raise OverflowError(f"x row {np.argwhere(labels < 0)[0][0]}: scores overflow fp32")
+    return scores, labels
+
+
+def scores(x: np.ndarray, block: Block) -> np.ndarray:
+    """See models.kernels.scores."""
+    out = np.empty((len(x), block.groups, block.group_size), dtype=np.float32)
+    _cpu.scores(_native(block), x, out)
+    return out
+
+
+def train_step(
+    x: np.ndarray,
+    positives: Positives,
+    block: Block,
+    moments: Moments,
+    *,
+    loss: Loss,
+    optimizer: Optimizer,
+    step: int,
+    key: int,
+) -> tuple[float, np.ndarray]:
+    """See models.kernels.train_step."""
+    grad_x = np.empty(x.shape, dtype=np.float32)
+    total = np.zeros(1)
+    _cpu.train_step(
+        _native(block), x, positives.slots, positives.rows, block.values, block.bias, list(moments.values), list(moments.bias),
+        grad_x, total, loss, optimizer.kind, optimizer.lr, optimizer.beta1, optimizer.beta2, optimizer.eps,
+        optimizer.weight_decay, step, key,
+    )  # fmt: skip
+    return float(total[0]), grad_x
+
+
+def grad_input(grad: np.ndarray, block: Block) -> np.ndarray:
+    """See models.kernels.grad_input."""
+    grad_x = np.empty((len(grad), block.width), dtype=np.float32)
+    _cpu.grad_input(_native(block), grad, grad_x)
+    return grad_x
+
+
+def grad_values(x: np.ndarray, grad: np.ndarray, block: Block) -> np.ndarray:
+    """See models.kernels.grad_values."""
+    out = np.empty(block.values.shape, dtype=np.float32)
+    _cpu.grad_values(_native(block), x, grad, out)
+    return out

@@ -1,0 +1,209 @@
+// The kernels of one instruction set: each walks groups of labels once. Compiled once per level, see simd.h.
+#include "kernels.h"
+
+#include "backward.h"
+#include "forward.h"
+#include "loss.h"
+#include "select.h"
+#include "simd.h"
+#include "update.h"
+
+namespace fanin {
+namespace FANIN_LEVEL {
+namespace {
+
+// The parts of a block that belong to one group.
+template <class T>
+struct Group {
+  T* values;
+  const uint16_t* index;
+  float* bias;
+  const int32_t* labels;
+
+  Group(const Block& block, int64_t n) {
+    const int64_t K = block.fan_in, G = block.group_size;
+    const int64_t stride = block.connectivity == Connectivity::private_ ? K * G : K;
+    values = (T*)block.values + n * K * G;
+    index = block.indices ? block.indices + n * stride : nullptr;
+    bias = block.bias + n * G;
+    labels = block.labels + n * G;
+  }
+};
+
+bool along_batch(const Block& block, const Batch& x) {
+  return block.connectivity == Connectivity::private_ && x.rows >= PRIVATE_BATCH;
+}
+
+template <class T>
+void topk(const Block& block, const Batch& x, int64_t begin, int64_t end, Best& best, float* scratch) {
+  const int G = block.group_size;
+  float *z = scratch, *wf = scratch + (int64_t)G * x.ldx;
+  for (int64_t n = begin; n < end; ++n) {
+    const Group<T> group(block, n);
+    if (along_batch(block, x)) {
+      forward_columns(block, group.values, group.index, x, group.bias, wf, z);
+      select_columns(z, x.ldx, G, group.labels, best);
+    } else {
+      forward_rows(block, group.values, group.index, x, group.bias, z);
+      select_rows(z, x.rows, G, group.labels, best);
+    }
+  }
+}
+
+template <class T>
+void scores(const Block& block, const Batch& x, int64_t begin, int64_t end, float* out, float* scratch) {
+  const int G = block.group_size;
+  const bool columns = along_batch(block, x);
+  float *z = scratch, *wf = scratch + (int64_t)G * x.ldx;
+  for (int64_t n = begin; n < end; ++n) {
+    const Group<T> group(block, n);
+    if (columns)
+      forward_columns(block, group.values, group.index, x, group.bias, wf, z);
+    else
+      forward_rows(block, group.values, group.index, x, group.bias, z);
+    for (int b = 0; b < x.rows; ++b)
+      for (int g = 0; g < G; ++g) {
+        const float score = columns ? z[(int64_t)g * x.ldx + b] : z[(int64_t)b * G + g];
+        out[((int64_t)b * block.groups + n) * G + g] = group.labels[g] < 0 ? -__builtin_inff() : score;
+      }
+  }
+}
+
+// First pair of the sorted positives whose slot is at least `slot`.
+int64_t first_positive(const Step& step, int64_t slot) {
+  int64_t low = 0, high = step.positives;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (step.slots[middle] < slot)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+template <class T>
+double train(const Block& block, const Batch& x, const Step& step, int64_t begin, int64_t end, float* grad_xt, float* scratch) {
+  const int K = block.fan_in, G = block.group_size, B = x.rows;
+  const bool columns = block.connectivity == Connectivity::private_;
+  const int64_t tile = (int64_t)G * x.ldx;
+  float *z = scratch, *g = z + tile, *gt = g + tile, *mask = gt + tile;       // mask: G (labels) or ldx (rows) long
+  float *strip = mask + (x.ldx > G ? x.ldx : G), *grad_bias = strip + 2 * STRIP * G;
+  float *wf = grad_bias + G, *grad_w = wf + (int64_t)K * G;  // private only
+  const float scale = 1.0f / B;
+  double loss = 0;
+  int64_t at = first_positive(step, begin * G);
+  if (columns)
+    for (int b = 0; b < x.ldx; ++b) mask[b] = b < B;
+  for (int64_t n = begin; n < end; ++n) {
+    const Group<T> group(block, n);
+    if (columns) {
+      forward_columns(block, group.values, group.index, x, group.bias, wf, z);
+      for (int l = 0; l < G; ++l) {
+        if (group.labels[l] >= 0)
+          loss += loss_tile(step.loss, z + (int64_t)l * x.ldx, gt + (int64_t)l * x.ldx, 1, x.ldx, mask, scale);
+        else
+          for (int b = 0; b < x.ldx; ++b) gt[(int64_t)l * x.ldx + b] = 0;
+      }
+    } else {
+      for (int l = 0; l < G; ++l) mask[l] = group.labels[l] >= 0;
+      forward_rows(block, group.values, group.index, x, group.bias, z);
+      loss += loss_tile(step.loss, z, g, B, G, mask, scale);
+    }
+    for (; at < step.positives && step.slots[at] < (n + 1) * G; ++at) {
+      const int label = (int)(step.slots[at] - n * G), row = step.rows[at];
+      const int64_t element = columns ? (int64_t)label * x.ldx + row : (int64_t)row * G + label;
+      loss += positive(step.loss, z[element], (columns ? gt : g) + element, scale);
+    }
+    const Random random(splitmix(step.key + (uint64_t)n));
+    float *first = step.moment[0] ? step.moment[0] + n * K * G : nullptr, *second = step.moment[1] ? step.moment[1] + n * K * G : nullptr;
+    if (columns) {
+      backward_private(block, group.values, group.index, x, gt, grad_xt, grad_w, wf);
+      update(group.values, grad_w, first, second, K * G, step, step.decay, random, 0);
+      for (int l = 0; l < G; ++l) {
+        vf total{};
+        for (int b = 0; b < x.ldx; b += W) total += load(gt + (int64_t)l * x.ldx + b);
+        grad_bias[l] = sum(total);
+      }
+    } else {
+      transpose_gradient(g, gt, B, G, x.ldx);
+      backward_strips(block, group.values, group.index, x, g, gt, grad_xt, true, strip, [&](int k, int rows, const float* grad) {
+        const int64_t from = (int64_t)k * G;
+        update(group.values + from, grad, first ? first + from : nullptr, second ? second + from : nullptr, rows * G, step, step.decay,
+               random, (uint32_t)from);
+      });
+      for (int l = 0; l < G; l += W) {
+        vf total{};
+        for (int b = 0; b < B; ++b) total += load(g + (int64_t)b * G + l);
+        store(grad_bias + l, total);
+      }
+    }
+    update(group.bias, grad_bias, step.bias_moment[0] ? step.bias_moment[0] + n * G : nullptr,
+           step.bias_moment[1] ? step.bias_moment[1] + n * G : nullptr, G, step, 0.0f, random, 0);
+  }
+  return loss;
+}
+
+template <class T>
+void backward(const Block& block, const Batch& x, const float* grad, int64_t begin, int64_t end, float* grad_xt, float* grad_values,
+              float* scratch) {
+  const int K = block.fan_in, G = block.group_size, B = x.rows;
+  const int64_t tile = (int64_t)G * x.ldx;
+  float *g = scratch, *gt = g + tile, *strip = gt + tile, *wf = strip + 2 * STRIP * G;
+  for (int64_t n = begin; n < end; ++n) {
+    const Group<T> group(block, n);
+    for (int b = 0; b < B; ++b)
+      for (int i = 0; i < G; i += W) store(g + (int64_t)b * G + i, load(grad + ((int64_t)b * block.groups + n) * G + i));
+    transpose_gradient(g, gt, B, G, x.ldx);
+    float* out = grad_values ? grad_values + n * K * G : nullptr;
+    if (block.connectivity == Connectivity::private_)
+      backward_private(block, group.values, group.index, x, gt, grad_xt, out, wf);
+    else
+      backward_strips(block, group.values, group.index, x, g, gt, grad_xt, out != nullptr, strip, [&](int k, int rows, const float* part) {
+        if (out) std::memcpy(out + (int64_t)k * G, part, sizeof(float) * rows * G);
+      });
+  }
+}
+
+void topk_any(const Block& block, const Batch& x, int64_t begin, int64_t end, Best& best, float* scratch) {
+  switch (block.dtype) {
+    case DType::fp32: return topk<float>(block, x, begin, end, best, scratch);
+    case DType::fp16: return topk<fp16>(block, x, begin, end, best, scratch);
+    case DType::bf16: return topk<bf16>(block, x, begin, end, best, scratch);
+  }
+}
+
+void scores_any(const Block& block, const Batch& x, int64_t begin, int64_t end, float* out, float* scratch) {
+  switch (block.dtype) {
+    case DType::fp32: return scores<float>(block, x, begin, end, out, scratch);
+    case DType::fp16: return scores<fp16>(block, x, begin, end, out, scratch);
+    case DType::bf16: return scores<bf16>(block, x, begin, end, out, scratch);
+  }
+}
+
+double train_any(const Block& block, const Batch& x, const Step& step, int64_t begin, int64_t end, float* grad_xt, float* scratch) {
+  if (block.dtype == DType::bf16) return train<bf16>(block, x, step, begin, end, grad_xt, scratch);
+  return train<float>(block, x, step, begin, end, grad_xt, scratch);
+}
+
+void backward_any(const Block& block, const Batch& x, const float* grad, int64_t begin, int64_t end, float* grad_xt, float* grad_values,
+                  float* scratch) {
+  switch (block.dtype) {
+    case DType::fp32: return backward<float>(block, x, grad, begin, end, grad_xt, grad_values, scratch);
+    case DType::fp16: return backward<fp16>(block, x, grad, begin, end, grad_xt, grad_values, scratch);
+    case DType::bf16: return backward<bf16>(block, x, grad, begin, end, grad_xt, grad_values, scratch);
+  }
+}
+
+}  // namespace
+}  // namespace FANIN_LEVEL
+
+#define FANIN_CAT_(a, b) a##b
+#define FANIN_CAT(a, b) FANIN_CAT_(a, b)
+#define FANIN_STRING_(a) #a
+#define FANIN_STRING(a) FANIN_STRING_(a)
+
+const Kernels FANIN_CAT(kernels_, FANIN_LEVEL) = {FANIN_STRING(FANIN_LEVEL), FANIN_LEVEL::topk_any, FANIN_LEVEL::scores_any,
+                                                  FANIN_LEVEL::train_any, FANIN_LEVEL::backward_any};
+
+}  // namespace fanin

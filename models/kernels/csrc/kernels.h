@@ -1,0 +1,81 @@
+// What the drivers (ops.cpp) and the kernels of each instruction set share: plain structs and a table of functions.
+// Letters as everywhere: B batch, D width, K fan-in, G group size, N groups. A batch is padded to `ldx` columns when transposed.
+#pragma once
+#include <cstdint>
+
+namespace fanin {
+
+enum class Connectivity { dense, shared, private_ };
+enum class DType { fp32, fp16, bf16 };
+enum class Loss { bce, squared_hinge };
+enum class Update { sgd, momentum, adam };
+
+struct Block {
+  Connectivity connectivity;
+  DType dtype;
+  int64_t groups;
+  int width, fan_in, group_size;
+  void* values;             // [N, K, G]
+  const uint16_t* indices;  // shared [N, K], private [N, K, G], dense null
+  float* bias;              // [N, G]
+  const int32_t* labels;    // [N, G], −1 = padding
+};
+
+struct Batch {
+  int rows;         // B
+  int ldx;          // ≥ B; a multiple of 16 where a kernel runs along the batch
+  const float* x;   // [B, D]
+  const float* xt;  // [D, ldx], zero beyond B
+};
+
+// The k best of each row so far: one min-heap per row. threshold[b] is what a score must exceed; +inf in padding rows.
+struct Best {
+  int k;
+  float* scores;     // [B, k]
+  int32_t* labels;   // [B, k]
+  int* count;        // [B]
+  float* threshold;  // [ldx]
+};
+
+struct Step {
+  Loss loss;
+  Update update;
+  float lr, beta1, beta2, eps, decay;  // decay = lr · weight_decay
+  float correction1, correction2;      // 1 / (1 − βᵗ)
+  uint64_t key;
+  float* moment[2];       // [N, K, G] or null
+  float* bias_moment[2];  // [N, G] or null
+  const int64_t* slots;   // [P] ascending
+  const int32_t* rows;    // [P]
+  int64_t positives;      // P
+};
+
+// All work on groups [begin, end). `scratch` holds scratch_floats() floats, 64-byte aligned, one per thread.
+struct Kernels {
+  const char* name;
+  void (*topk)(const Block&, const Batch&, int64_t begin, int64_t end, Best&, float* scratch);
+  void (*scores)(const Block&, const Batch&, int64_t begin, int64_t end, float* out, float* scratch);
+  // Adds ∂loss/∂x to grad_xt [D, ldx] and returns the summed loss.
+  double (*train)(const Block&, const Batch&, const Step&, int64_t begin, int64_t end, float* grad_xt, float* scratch);
+  // From the gradient of the scores [B, N, G]: adds ∂/∂x to grad_xt, or writes ∂/∂values [N, K, G]; the other may be null.
+  void (*backward)(const Block&, const Batch&, const float* grad, int64_t begin, int64_t end, float* grad_xt, float* grad_values,
+                   float* scratch);
+};
+
+// Below this many rows a private block gathers inputs for its labels; from here on it runs along the batch.
+constexpr int PRIVATE_BATCH = 8;
+
+inline int64_t scratch_floats(const Block& block, int ldx) {
+  const int64_t tile = (int64_t)block.group_size * ldx;
+  const int64_t weights = block.connectivity == Connectivity::private_ ? (int64_t)2 * block.fan_in * block.group_size : 0;
+  return 3 * tile + weights + 32 * (int64_t)block.group_size + ldx;
+}
+
+extern const Kernels kernels_scalar;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2, kernels_avx512;
+#elif defined(__aarch64__)
+extern const Kernels kernels_neon;
+#endif
+
+}  // namespace fanin

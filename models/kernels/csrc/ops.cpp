@@ -1,0 +1,215 @@
+#include "ops.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+#include "threads.h"
+
+namespace fanin {
+namespace {
+
+constexpr int TOPK_ROWS = 48;      // rows scored while a group's weights are in cache; larger batches stream the weights again
+constexpr int CHUNKS = 16;         // top-k work items per thread, so that a slow core holds nobody up
+constexpr int64_t MIN_GROUPS = 8;  // fewer are not worth another thread
+
+const Kernels* active = nullptr;
+
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> list;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    list.push_back(&kernels_avx512);
+  if (avx2) list.push_back(&kernels_avx2);
+#elif defined(__aarch64__)
+  list.push_back(&kernels_neon);
+#endif
+  list.push_back(&kernels_scalar);
+  return list;
+}
+
+const Kernels& kernels() {
+  if (!active) active = available().front();
+  return *active;
+}
+
+class Floats {  // 64-byte aligned, not initialised
+ public:
+  explicit Floats(int64_t count) : data_((float*)std::aligned_alloc(64, (std::max<int64_t>(count, 1) * 4 + 63) / 64 * 64)) {
+    if (!data_) throw std::bad_alloc();
+  }
+  float* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> data_;
+};
+
+int padded(int rows) { return (rows + 15) / 16 * 16; }
+
+int workers_for(int64_t groups) { return (int)std::clamp<int64_t>(groups / MIN_GROUPS, 1, threads()); }
+
+void transpose(const float* from, int rows, int columns, float* to, int ld) {  // [rows, columns] → [columns, ld], zero-padded
+  for (int c0 = 0; c0 < columns; c0 += 16) {
+    const int c1 = std::min(c0 + 16, columns);
+    for (int r = 0; r < rows; ++r)
+      for (int c = c0; c < c1; ++c) to[(int64_t)c * ld + r] = from[(int64_t)r * columns + c];
+    for (int c = c0; c < c1; ++c) std::fill(to + (int64_t)c * ld + rows, to + (int64_t)(c + 1) * ld, 0.0f);
+  }
+}
+
+// grad_x [B, D] = the sum over threads of grad_xt [D, ldx], in thread order.
+void reduce_transposed(const std::vector<Floats>& parts, int rows, int width, int ldx, float* grad_x) {
+  for (int d = 0; d < width; ++d)
+    for (int b = 0; b < rows; ++b) {
+      float total = 0;
+      for (const auto& part : parts) total += part.get()[(int64_t)d * ldx + b];
+      grad_x[(int64_t)b * width + d] = total;
+    }
+}
+
+// Contiguous slices, one per thread: the same sums in the same order for the same number of threads.
+template <class Work>
+void by_slice(int64_t groups, int workers, Work work) {
+  parallel(workers, [&](int t) { work(t, groups * t / workers, groups * (t + 1) / workers); });
+}
+
+}  // namespace
+
+std::vector<const char*> levels() {
+  std::vector<const char*> names;
+  for (const auto* kernels : available()) names.push_back(kernels->name);
+  return names;
+}
+
+const char* level() { return kernels().name; }
+
+bool use_level(const char* name) {
+  for (const auto* kernels : available())
+    if (std::strcmp(kernels->name, name) == 0) {
+      active = kernels;
+      return true;
+    }
+  return false;
+}
+
+void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, float* scores, int32_t* labels) {
+  const Kernels& run = kernels();
+  const int width = blocks.front().width;
+  int64_t groups = 0, scratch = 0;
+  for (const auto& block : blocks) {
+    groups += block.groups;
+    scratch = std::max(scratch, scratch_floats(block, padded(std::min(rows, TOPK_ROWS))));
+  }
+  const int workers = workers_for(groups);
+  std::vector<Floats> scratches;
+  for (int t = 0; t < workers; ++t) scratches.emplace_back(scratch);
+  const int64_t chunk = std::max<int64_t>(1, groups / ((int64_t)workers * CHUNKS));
+  Floats xt((int64_t)width * padded(std::min(rows, TOPK_ROWS)));
+  for (int row = 0; row < rows; row += TOPK_ROWS) {
+    const int part = std::min(TOPK_ROWS, rows - row);
+    Batch batch{part, part == 1 ? 1 : padded(part), x + (int64_t)row * width, x + (int64_t)row * width};
+    if (part > 1) {
+      transpose(batch.x, part, width, xt.get(), batch.ldx);
+      batch.xt = xt.get();
+    }
+    std::vector<float> best_scores((size_t)workers * part * k), thresholds((size_t)workers * batch.ldx);
+    std::vector<int32_t> best_labels((size_t)workers * part * k);
+    std::vector<int> counts((size_t)workers * part);
+    std::atomic<int64_t> next{0};
+    parallel(workers, [&](int t) {
+      Best best{k, &best_scores[(size_t)t * part * k], &best_labels[(size_t)t * part * k], &counts[(size_t)t * part],
+                &thresholds[(size_t)t * batch.ldx]};
+      std::fill_n(best.threshold, part, -std::numeric_limits<float>::infinity());
+      std::fill_n(best.threshold + part, batch.ldx - part, std::numeric_limits<float>::infinity());
+      for (int64_t begin; (begin = next.fetch_add(chunk)) < groups;) {
+        int64_t end = std::min(begin + chunk, groups), offset = 0;
+        for (const auto& block : blocks) {
+          const int64_t from = std::max<int64_t>(begin - offset, 0), to = std::min(end - offset, block.groups);
+          if (from < to) run.topk(block, batch, from, to, best, scratches[t].get());
+          offset += block.groups;
+        }
+      }
+    });
+    std::vector<std::pair<float, int32_t>> merged;
+    for (int b = 0; b < part; ++b) {
+      merged.clear();
+      for (int t = 0; t < workers; ++t)
+        for (int i = 0; i < counts[(size_t)t * part + b]; ++i) {
+          const size_t at = ((size_t)t * part + b) * k + i;
+          merged.emplace_back(-best_scores[at], best_labels[at]);
+        }
+      const int found = std::min<int>(k, merged.size());
+      std::partial_sort(merged.begin(), merged.begin() + found, merged.end());
+      for (int i = 0; i < k; ++i) {
+        const int64_t at = (int64_t)(row + b) * k + i;
+        scores[at] = i < found ? -merged[i].first : -std::numeric_limits<float>::infinity();
+        labels[at] = i < found ? merged[i].second : -1;
+      }
+    }
+  }
+}
+
+void scores(const Block& block, const float* x, int rows, float* out) {
+  const int ldx = padded(rows);
+  Floats xt((int64_t)block.width * ldx);
+  transpose(x, rows, block.width, xt.get(), ldx);
+  const Batch batch{rows, ldx, x, xt.get()};
+  by_slice(block.groups, workers_for(block.groups), [&](int, int64_t begin, int64_t end) {
+    Floats scratch(scratch_floats(block, ldx));
+    kernels().scores(block, batch, begin, end, out, scratch.get());
+  });
+}
+
+double train_step(const Block& block, const float* x, int rows, const Step& step, float* grad_x) {
+  const int ldx = padded(rows), workers = workers_for(block.groups);
+  Floats xt((int64_t)block.width * ldx);
+  transpose(x, rows, block.width, xt.get(), ldx);
+  const Batch batch{rows, ldx, x, xt.get()};
+  std::vector<Floats> grad_xt;
+  for (int t = 0; t < workers; ++t) grad_xt.emplace_back((int64_t)block.width * ldx);
+  std::vector<double> loss(workers);
+  by_slice(block.groups, workers, [&](int t, int64_t begin, int64_t end) {
+    Floats scratch(scratch_floats(block, ldx));
+    std::fill_n(grad_xt[t].get(), (int64_t)block.width * ldx, 0.0f);
+    loss[t] = kernels().train(block, batch, step, begin, end, grad_xt[t].get(), scratch.get());
+  });
+  reduce_transposed(grad_xt, rows, block.width, ldx, grad_x);
+  double total = 0;
+  for (const double part : loss) total += part;
+  return total / rows;
+}
+
+void grad_input(const Block& block, const float* grad, int rows, float* grad_x) {
+  const int ldx = padded(rows), workers = workers_for(block.groups);
+  const Batch batch{rows, ldx, nullptr, nullptr};
+  std::vector<Floats> grad_xt;
+  for (int t = 0; t < workers; ++t) grad_xt.emplace_back((int64_t)block.width * ldx);
+  by_slice(block.groups, workers, [&](int t, int64_t begin, int64_t end) {
+    Floats scratch(scratch_floats(block, ldx));
+    std::fill_n(grad_xt[t].get(), (int64_t)block.width * ldx, 0.0f);
+    kernels().backward(block, batch, grad, begin, end, grad_xt[t].get(), nullptr, scratch.get());
+  });
+  reduce_transposed(grad_xt, rows, block.width, ldx, grad_x);
+}
+
+void grad_values(const Block& block, const float* x, const float* grad, int rows, float* out) {
+  const int ldx = padded(rows);
+  Floats xt((int64_t)block.width * ldx);
+  transpose(x, rows, block.width, xt.get(), ldx);
+  const Batch batch{rows, ldx, x, xt.get()};
+  by_slice(block.groups, workers_for(block.groups), [&](int, int64_t begin, int64_t end) {
+    Floats scratch(scratch_floats(block, ldx));
+    kernels().backward(block, batch, grad, begin, end, nullptr, out, scratch.get());
+  });
+}
+
+}  // namespace fanin

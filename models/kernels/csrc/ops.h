@@ -1,0 +1,23 @@
+// The operations on a block, on all threads: batches are transposed, groups are shared out, results are merged.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fanin {
+
+// Names of the instruction sets this machine can run, best first; the active one; switching (false if it cannot run here).
+std::vector<const char*> levels();
+const char* level();
+bool use_level(const char* name);
+
+// scores [B, k] descending and labels [B, k]; a row with fewer than k comparable scores ends in label −1.
+void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, float* scores, int32_t* labels);
+void scores(const Block& block, const float* x, int rows, float* out);
+// grad_x [B, D]; returns the loss, summed over labels and averaged over rows.
+double train_step(const Block& block, const float* x, int rows, const Step& step, float* grad_x);
+void grad_input(const Block& block, const float* grad, int rows, float* grad_x);
+void grad_values(const Block& block, const float* x, const float* grad, int rows, float* out);
+
+}  // namespace fanin

@@ -1,0 +1,160 @@
+// The vector primitives of one instruction set. Each kernel source is compiled once per level (CMakeLists.txt), with FANIN_LEVEL
+// naming it; everything else in the kernels is plain arithmetic on GCC/Clang vector types and so the same for every level.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define FANIN_INLINE inline __attribute__((always_inline))
+
+namespace fanin {
+namespace FANIN_LEVEL {
+namespace {  // internal linkage: the linker must never swap one level's code for another's
+
+#if defined(FANIN_AVX512)
+constexpr int W = 16;            // fp32 lanes
+constexpr int ROWS_PER_TILE = 12;  // batch rows of a register tile of 2 vectors each
+#elif defined(FANIN_AVX2)
+constexpr int W = 8;
+constexpr int ROWS_PER_TILE = 6;
+#elif defined(FANIN_NEON)
+constexpr int W = 4;
+constexpr int ROWS_PER_TILE = 12;
+#else  // scalar: no instruction set is assumed; the compiler lowers the vectors to what its target has
+constexpr int W = 4;
+constexpr int ROWS_PER_TILE = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+FANIN_INLINE vf broadcast(float s) { return s - vf{}; }
+FANIN_INLINE vu broadcast(uint32_t s) { return s - vu{}; }
+
+FANIN_INLINE vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+FANIN_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+
+FANIN_INLINE vf load(const bf16* p) {
+  vh h;
+  std::memcpy(&h, p, sizeof h);
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+
+FANIN_INLINE vf load(const fp16* p) {
+#if defined(FANIN_AVX512)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(FANIN_AVX2)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(FANIN_NEON)
+  return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p)));
+#else
+  vf v;
+  for (int i = 0; i < W; ++i) {
+    const uint32_t h = p[i].bits, sign = (h & 0x8000) << 16, rest = h & 0x7FFF;
+    // Scaling by 2^112 moves the exponent's bias from 15 to 127 and makes subnormals normal; infinities and NaN need all ones.
+    float f;
+    const uint32_t shifted = rest << 13;
+    std::memcpy(&f, &shifted, 4);
+    f *= 0x1p112f;
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    bits = sign | (rest >= 0x7C00 ? 0x7F800000 | shifted : bits);
+    std::memcpy(&f, &bits, 4);
+    v[i] = f;
+  }
+  return v;
+#endif
+}
+
+// base[index[0]], …, base[index[W − 1]]
+FANIN_INLINE vf gather(const float* base, const uint16_t* index) {
+#if defined(FANIN_AVX512)
+  return (vf)_mm512_i32gather_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)index)), base, 4);
+#else  // on AVX2 separate loads were as fast as vgatherdps or faster
+  vf v;
+  for (int i = 0; i < W; ++i) v[i] = base[index[i]];
+  return v;
+#endif
+}
+
+// Bit i is set where a[i] > b[i].
+FANIN_INLINE uint32_t greater(vf a, vf b) {
+#if defined(FANIN_AVX512)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#elif defined(FANIN_AVX2)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ));
+#elif defined(FANIN_NEON)
+  const uint32x4_t bit = {1, 2, 4, 8};
+  return vaddvq_u32(vandq_u32((uint32x4_t)(a > b), bit));
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < W; ++i) mask |= (uint32_t)(a[i] > b[i]) << i;
+  return mask;
+#endif
+}
+
+FANIN_INLINE vf square_root(vf a) {
+#if defined(FANIN_AVX512)
+  return (vf)_mm512_sqrt_ps((__m512)a);
+#elif defined(FANIN_AVX2)
+  return (vf)_mm256_sqrt_ps((__m256)a);
+#elif defined(FANIN_NEON)
+  return (vf)vsqrtq_f32((float32x4_t)a);
+#else
+  for (int i = 0; i < W; ++i) a[i] = __builtin_sqrtf(a[i]);
+  return a;
+#endif
+}
+
+FANIN_INLINE float sum(vf a) {
+  float s = 0;
+  for (int i = 0; i < W; ++i) s += a[i];
+  return s;
+}
+
+FANIN_INLINE vf absolute(vf a) { return (vf)((vu)a & 0x7FFFFFFFu); }
+FANIN_INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
+
+// e^x for x in [−87, 0]: 2^n · e^r with |r| ≤ ln 2 / 2, e^r by its Taylor series (error below 1 ulp of fp32).
+FANIN_INLINE vf exp_negative(vf x) {
+  x = maximum(x, broadcast(-87.0f));
+  const vf shifter = broadcast(0x1.8p23f);  // adding it rounds to an integer in the low bits
+  const vf n = (x * 1.44269504f + shifter) - shifter;
+  vf r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  vf p = r * (1.0f / 5040) + (1.0f / 720);
+  p = p * r + (1.0f / 120);
+  p = p * r + (1.0f / 24);
+  p = p * r + (1.0f / 6);
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const vi exponent = __builtin_convertvector(n, vi) + 127;
+  return p * (vf)(exponent << 23);
+}
+
+// log(1 + u) for u in [0, 1]: 2·atanh(s), s = u / (2 + u) ≤ 1/3.
+FANIN_INLINE vf log1p_unit(vf u) {
+  const vf s = u / (u + 2.0f), q = s * s;
+  vf p = q * (1.0f / 15) + (1.0f / 13);
+  p = p * q + (1.0f / 11);
+  p = p * q + (1.0f / 9);
+  p = p * q + (1.0f / 7);
+  p = p * q + (1.0f / 5);
+  p = p * q + (1.0f / 3);
+  return (s + s) + (s + s) * q * p;
+}
+
+}  // namespace
+}  // namespace FANIN_LEVEL
+}  // namespace fanin
