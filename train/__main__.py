@@ -1,0 +1,52 @@
+"""`python -m train --data DIR --out RUN`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from train import settings
+from train.runs import Run
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code, which --help explains."""
+    given, resume = settings.parse(argv)
+    # torch and transformers take seconds to import: --help and a bad flag do not wait for them.
+    from models.encoder import EncoderError
+    from models.head import HeadError
+    from train.checkpoint import CheckpointError
+    from train.data import DataError
+    from train.prepare import prepare
+    from train.trainer import DivergedError, StoppedError
+
+    run = Run(Path(given["out"]))
+    try:
+        stored = run.config() if resume else None
+        if stored is None:
+            chosen = settings.new(given)
+            if not resume:
+                run.refuse_to_overwrite()
+        else:
+            chosen = settings.resumed(stored["settings"], given)
+        prepare(chosen, run).run()
+    except (settings.SettingsError, DataError, EncoderError, HeadError, CheckpointError, OSError) as error:
+        return _fail(str(error), 2)
+    except DivergedError as error:
+        return _fail(str(error), 1)
+    except StoppedError as stop:
+        print(f"stopped by {stop}, state saved; go on with: python -m train --out {run.folder} --resume", file=sys.stderr)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        return _fail("stopped before the first step; there is nothing to save", 130)
+    print(f"finished: {run.folder}")
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"python -m train: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

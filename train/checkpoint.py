@@ -1,0 +1,138 @@
+"""Checkpoints: the trained model and all that training needs to go on as if it had never stopped. No pickle.
+
+    checkpoints/step-00001234/  encoder/  head.safetensors  trainer.safetensors  trainer.json
+
+A checkpoint is written beside and renamed, so it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.checkpoint import load_head, save_head
+from models.encoder import Encoder
+from models.head import Head
+from models.kernels import Moments
+from train.files import atomic_folder, remove_folder, remove_leftovers, write_text
+
+_RNG = "torch.rng"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read; the message names the file."""
+
+
+@dataclass
+class Progress:
+    """Where training stands: `step` steps are done; the next batch is number `batch` of `epoch`, both from 0.
+
+    `batch` is the number of batches while the epoch's evaluation is due. `loss_sum` over `loss_steps` is not logged yet.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    seconds: float = 0.0
+    best: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """All that a checkpoint holds. `moments` has one entry per block; `optimizer` is the encoder's, None if it is frozen."""
+
+    encoder: Encoder
+    head: Head
+    optimizer: torch.optim.Optimizer | None
+    moments: list[Moments]
+    progress: Progress
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The checkpoint of the highest step, None when there is none. What a killed process left half-written is removed."""
+    remove_leftovers(checkpoints)
+    return max(checkpoints.glob("step-*"), default=None)
+
+
+def save(state: State, checkpoints: Path, keep: int) -> Path:
+    """Writes the checkpoint of this step, unless it is there, and deletes all but the newest `keep`."""
+    target = checkpoints / f"step-{state.progress.step:08d}"
+    if not target.is_dir():
+        with atomic_folder(target) as folder:
+            state.encoder.save(folder / "encoder")
+            save_head(state.head, folder / "head.safetensors")
+            save_file(_tensors(state), folder / "trainer.safetensors")
+            _write_progress(state.progress, folder)
+    for old in sorted(checkpoints.glob("step-*"))[:-keep]:
+        remove_folder(old)
+    return target
+
+
+def save_progress(progress: Progress, checkpoints: Path) -> None:
+    """Replaces what the checkpoint of this step says of progress: its evaluation is done, its tensors are the same."""
+    _write_progress(progress, checkpoints / f"step-{progress.step:08d}")
+
+
+def load_model(checkpoint: Path) -> tuple[Encoder, Head, Progress]:
+    """Encoder, head and progress of a checkpoint; EncoderError, HeadError or CheckpointError names a bad file."""
+    path = checkpoint / "trainer.json"
+    try:
+        progress = Progress(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return Encoder.load(checkpoint / "encoder"), load_head(checkpoint / "head.safetensors"), progress
+
+
+def restore(state: State, checkpoint: Path) -> None:
+    """Sets optimizer, moments and torch's random state to those of the checkpoint; CheckpointError names a bad file."""
+    path = checkpoint / "trainer.safetensors"
+    try:
+        stored = load_file(path)
+    except Exception as error:  # safetensors raises its own type for a damaged file
+        raise CheckpointError(f"{path}: {error}") from error
+    if state.optimizer is not None:
+        for name, parameter in _trained(state):
+            prefix = f"encoder.{name}."
+            state.optimizer.state[parameter] = {
+                key.removeprefix(prefix): tensor.clone() for key, tensor in stored.items() if key.startswith(prefix)
+            }
+    current = _tensors(state)
+    if current.keys() != stored.keys() or any(current[name].shape != stored[name].shape for name in current):
+        raise CheckpointError(f"{path}: does not fit the encoder and head beside it")
+    for name, tensor in _moment_tensors(state.moments).items():
+        tensor.copy_(stored[name])
+    torch.set_rng_state(stored[_RNG])
+
+
+def _write_progress(progress: Progress, folder: Path) -> None:
+    write_text(folder / "trainer.json", json.dumps(asdict(progress), indent=2) + "\n")
+
+
+def _tensors(state: State) -> dict[str, Tensor]:
+    tensors = {_RNG: torch.get_rng_state()} | _moment_tensors(state.moments)
+    if state.optimizer is not None:
+        for name, parameter in _trained(state):
+            tensors |= {f"encoder.{name}.{key}": value for key, value in state.optimizer.state[parameter].items()}
+    return tensors
+
+
+def _moment_tensors(moments: list[Moments]) -> dict[str, Tensor]:
+    """The moments' own memory as tensors, "<block>.values.<n>" and "<block>.bias.<n>"."""
+    return {
+        f"head.{i}.{name}.{n}": torch.from_numpy(array)
+        for i, block in enumerate(moments)
+        for name, arrays in (("values", block.values), ("bias", block.bias))
+        for n, array in enumerate(arrays)
+    }
+
+
+def _trained(state: State) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, parameter) for name, parameter in state.encoder.named_parameters() if parameter.requires_grad]

@@ -1,0 +1,86 @@
+"""A new model from the settings: the encoder, and a head that knows how frequent each label is."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.encoder import Encoder, EncoderConfig
+from models.head import Block, Connectivity, Head
+from models.kernels import Loss
+from train.data import Labels, read_split
+from train.labels import group_labels
+from train.settings import Settings
+
+_VOCABULARY_TEXTS = 500_000  # more hardly change a vocabulary, and they are held in memory
+
+
+def new_encoder(settings: Settings, train_path: Path, labels: Labels) -> Encoder:
+    """The encoder the settings ask for, its fresh weights drawn from the seed. EncoderError, DataError."""
+    config = EncoderConfig(
+        pooling=settings.pooling,
+        max_length=settings.max_length,
+        intermediate=settings.intermediate,
+        dropout=settings.dropout,
+    )
+    if settings.encoder != "small":
+        torch.manual_seed(settings.seed)  # for the intermediate layer
+        return Encoder.pretrained(settings.encoder, config)
+    texts = [text for text, _ in islice(read_split(train_path, labels), _VOCABULARY_TEXTS)]
+    return Encoder.small(
+        texts,
+        config,
+        vocabulary=settings.small_vocabulary,
+        width=settings.small_width,
+        layers=settings.small_layers,
+        heads=settings.small_heads,
+        seed=settings.seed,
+    )
+
+
+def new_head(settings: Settings, width: int, counts: np.ndarray, n_texts: int) -> Head:
+    """A head over labels with `counts` int [L] of `n_texts` training texts: the most frequent ones in a dense block.
+
+    Weights and indices are drawn from the seed; each bias starts at its label's prior. HeadError when the fan-in does not fit.
+    """
+    rng = np.random.default_rng(settings.seed)
+    order = group_labels(counts)
+    dense = (
+        len(order)
+        if settings.connectivity == "dense"
+        else _whole_groups(settings.dense_labels * len(order), settings.group_size)
+    )
+    parts: list[tuple[np.ndarray, Connectivity]] = [(order[:dense], "dense"), (order[dense:], settings.connectivity)]
+    blocks = []
+    for labels, connectivity in parts:
+        if len(labels):
+            block = Block.random(
+                labels,
+                width=width,
+                connectivity=connectivity,
+                fan_in=settings.fan_in,
+                group_size=settings.group_size,
+                dtype=settings.head_dtype,
+                rng=rng,
+            )
+            real = block.label_ids >= 0
+            block.bias[real] = prior_bias(counts[block.label_ids[real]], n_texts, settings.loss)
+            blocks.append(block)
+    return Head(width, len(order), tuple(blocks))
+
+
+def prior_bias(counts: np.ndarray, n_texts: int, loss: Loss) -> np.ndarray:
+    """The score, fp32, that has the least loss for a label seen in `counts` of `n_texts` texts, when nothing else is known.
+
+    bce: the log-odds of its frequency. squared_hinge: 2p − 1. Half a text is added to either side, for labels never seen.
+    """
+    p = (counts + 0.5) / (n_texts + 1)
+    return (np.log(p / (1 - p)) if loss == "bce" else 2 * p - 1).astype(np.float32)
+
+
+def _whole_groups(labels: float, group_size: int) -> int:
+    """`labels` rounded up to whole groups, which cost as much memory."""
+    return int(np.ceil(labels / group_size)) * group_size

@@ -1,0 +1,149 @@
+"""Everything before the first step: data, model and caches, new or as a checkpoint left them."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from models.head import Head
+from models.kernels import cpu
+from train import checkpoint
+from train.data import DataError, Labels, file_hash, find, read_labels, read_split, require
+from train.inputs import Inputs, PooledInputs, TextInputs
+from train.metrics import inverse_propensities
+from train.model import new_encoder, new_head
+from train.runs import Run
+from train.settings import Settings, SettingsError
+from train.tokens import Split, label_counts, load_split
+from train.trainer import Trainer, sample
+
+_HELDOUT = 256
+_PACKAGES = ("fanin", "torch", "transformers", "tokenizers", "numpy")
+
+
+def prepare(settings: Settings, run: Run) -> Trainer:
+    """A trainer at the first step of a new run, or at the last checkpoint of the run that `run` holds.
+
+    Raises DataError, EncoderError, HeadError, CheckpointError, SettingsError; nothing is lost then.
+    """
+    threads = settings.threads or cpu.default_threads()
+    cpu.set_threads(threads)
+    torch.set_num_threads(threads)
+
+    files = _files(Path(settings.data))
+    hashes = {name: file_hash(path) for name, path in files.items()}
+    _check_unchanged(run, hashes)
+    labels = read_labels(files["labels"])
+    folder = checkpoint.latest(run.checkpoints)
+    if folder is None:
+        encoder, head, progress = new_encoder(settings, files["train"], labels), None, checkpoint.Progress()
+    else:
+        encoder, head, progress = checkpoint.load_model(folder)
+
+    cache = Path(settings.cache) if settings.cache else run.folder / "cache"
+    tokenizer_key = f"{settings.max_length} {encoder.tokenizer.to_str()}"
+    splits = {
+        name: load_split(files[name], labels, [hashes[name], hashes["labels"], tokenizer_key], encoder.tokenize, cache)
+        for name in files
+        if name != "labels"
+    }
+    counts = label_counts(splits["train"], labels)
+    if head is None:
+        head = new_head(settings, encoder.width, counts, len(splits["train"]))
+
+    inputs: dict[str, Inputs] = {
+        name: PooledInputs(encoder, split, cache, name) if settings.freeze_encoder else TextInputs(encoder, split)
+        for name, split in splits.items()
+    }
+    weights = inverse_propensities(counts, len(splits["train"]), a=settings.propensity_a, b=settings.propensity_b)
+    evaluations = {name: each for name, each in inputs.items() if name != "train"}
+    trainer = Trainer(settings, encoder, head, inputs["train"], evaluations, weights, run.checkpoints, run.log)
+    if folder is not None:
+        trainer.restore(folder, progress)
+
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.write_labels(labels)
+    first = next(iter(evaluations))
+    run.write_heldout(_heldout(files[first], labels, len(splits[first])))
+    run.log.cut(progress.step, evaluation_due=progress.batch > 0)
+    run.write_config(
+        {
+            "settings": settings.as_json(),
+            "data": {"path": str(Path(settings.data).resolve()), "labels": len(labels), "sha256": hashes}
+            | {name: _counts(split) for name, split in splits.items()},
+            "model": _model(head, trainer.moment_bytes) | {"embedding_width": encoder.embedding_width},
+            "versions": _versions(),
+        }
+    )
+    return trainer
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Paths of "labels", "train" and what there is of "dev" and "test", dev first: it is what each epoch is evaluated on."""
+    files = {name: require(folder, name) for name in ("labels", "train")}
+    files |= {name: path for name in ("dev", "test") if (path := find(folder, name))}
+    if len(files) == 2:
+        raise DataError(f"{folder}: no test.jsonl or dev.jsonl, plain or .gz; one is needed for evaluation")
+    return files
+
+
+def _check_unchanged(run: Run, hashes: dict[str, str]) -> None:
+    config = run.config()
+    if config is None:
+        return
+    before = config["data"]["sha256"]
+    changed = sorted(name for name in before.keys() | hashes.keys() if before.get(name) != hashes.get(name))
+    if changed:
+        raise SettingsError(f"cannot resume: the data has changed since the run began ({', '.join(changed)})")
+
+
+def _heldout(path: Path, labels: Labels, n_texts: int) -> list[dict[str, Any]]:
+    chosen = set(sample(n_texts, _HELDOUT).tolist())
+    rows = enumerate(read_split(path, labels))
+    return [{"text": text, "labels": [labels.ids[i] for i in positions]} for row, (text, positions) in rows if row in chosen]
+
+
+def _counts(split: Split) -> dict[str, int]:
+    label_lengths = np.diff(split.label_starts)
+    return {
+        "texts": len(split),
+        "texts_without_labels": int((label_lengths == 0).sum()),
+        "tokens": len(split.tokens),
+        "positives": len(split.labels),
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # run from a source folder
+            versions[name] = "not installed"
+    return versions
+
+
+def _model(head: Head, moment_bytes: int) -> dict[str, Any]:
+    blocks = [
+        {
+            "connectivity": block.connectivity,
+            "labels": int((block.label_ids >= 0).sum()),
+            "fan_in": block.fan_in,
+            "group_size": block.group_size,
+            "dtype": block.dtype,
+            "bytes": block.nbytes,
+        }
+        for block in head.blocks
+    ]
+    return {
+        "width": head.width,
+        "labels": head.n_labels,
+        "head_bytes": head.nbytes,
+        "moment_bytes": moment_bytes,
+        "blocks": blocks,
+    }

@@ -1,0 +1,237 @@
+"""The settings of a run. One dataclass makes the command line, its help and the settings in config.json."""
+
+# ruff: noqa: RUF009  the calls in the dataclass are `dataclasses.field` underneath
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from models.encoder import Pooling
+    from models.head import Connectivity
+    from models.kernels import Loss
+
+# `small` and a fresh intermediate layer start from random numbers and take larger steps than a pretrained transformer.
+_PRETRAINED_LR, _FRESH_LR = 1e-4, 1e-3
+
+
+class SettingsError(ValueError):
+    """The command line cannot be carried out; the message names the flag."""
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def _amount(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return value
+
+
+def _share(text: str) -> float:
+    """A share of a whole: 0.02 or 2%."""
+    value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share from 0 to 1, or from 0% to 100%")
+    return value
+
+
+def _setting(
+    group: str,
+    default: Any,
+    help: str,
+    parse: Callable[[str], Any] = str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    unit: str | None = None,
+    free: bool = False,
+) -> Any:
+    """A field of Settings. `free` ones may differ when a run is resumed: they do not change what is learnt."""
+    return field(
+        default=default, metadata={"group": group, "help": help, "parse": parse, "choices": choices, "unit": unit, "free": free}
+    )
+
+
+_files, _encoder, _head, _learning, _scores, _process = (
+    partial(_setting, group) for group in ("files", "encoder", "head", "learning", "evaluation", "process")
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a run, by the name of its flag (underscores for dashes)."""
+
+    data: str = _files(
+        "", "folder with train.jsonl, dev.jsonl or test.jsonl, and labels.jsonl, plain or .gz", unit="DIR", free=True
+    )
+    out: str = _files("", "run directory to make: settings, metrics, checkpoints", unit="RUN", free=True)
+    cache: str | None = _files(
+        None, "folder of cached tokens and embeddings, which runs may share (default: RUN/cache)", unit="DIR", free=True
+    )
+
+    encoder: str = _encoder(
+        "small",
+        "Hugging Face name or folder of a pretrained encoder; 'small' learns a vocabulary and a transformer from the texts",
+        unit="NAME",
+    )
+    freeze_encoder: bool = _encoder(False, "embed each text once, then train only the intermediate layer and the head")
+    pooling: Pooling = _encoder("mean", "how the embeddings of a text's tokens become one", choices=("mean", "cls", "last"))
+    max_length: int = _encoder(128, "tokens of a text that are read, the rest is cut off", _count, unit="TOKENS")
+    intermediate: int = _encoder(2048, "units of the ReLU layer between transformer and head, 0 for none", _whole, unit="D")
+    dropout: float = _encoder(0.1, "share of the pooled embedding dropped while training", _share, unit="SHARE")
+    small_vocabulary: int = _encoder(16_384, "'small': tokens in its vocabulary", _count, unit="TOKENS")
+    small_width: int = _encoder(256, "'small': width", _count, unit="UNITS")
+    small_layers: int = _encoder(2, "'small': layers", _count, unit="LAYERS")
+    small_heads: int = _encoder(4, "'small': attention heads", _count, unit="HEADS")
+
+    connectivity: Connectivity = _head(
+        "shared",
+        "inputs of a label: a set that its group shares, a set of its own (private), or all (dense)",
+        choices=("shared", "private", "dense"),
+    )
+    fan_in: int = _head(128, "inputs of a label", _count, unit="K")
+    group_size: int = _head(32, "labels in a group, a multiple of 16", _count, unit="G")
+    dense_labels: float = _head(
+        0.02, "share of the labels, the most frequent, that read all inputs: 0.02 or 2%%", _share, unit="SHARE"
+    )
+    head_dtype: Literal["bf16", "fp32"] = _head(
+        "bf16", "number format of the weights; bf16 is rounded stochastically", choices=("bf16", "fp32")
+    )
+    loss: Loss = _head("bce", "loss of each label", choices=("bce", "squared_hinge"))
+
+    epochs: int = _learning(10, "passes over the training texts", _count)
+    batch_size: int = _learning(64, "texts in a step", _count, unit="B")
+    encoder_lr: float | None = _learning(
+        None,
+        f"peak learning rate of the transformer (default: {_PRETRAINED_LR:g}, for 'small' {_FRESH_LR:g})",
+        _amount,
+        unit="LR",
+    )
+    intermediate_lr: float = _learning(_FRESH_LR, "peak learning rate of the intermediate layer", _amount, unit="LR")
+    head_lr: float = _learning(1e-3, "peak learning rate of the head", _amount, unit="LR")
+    head_optimizer: Literal["adam", "momentum", "sgd"] = _learning(
+        "adam",
+        "optimizer of the head; beside each weight adam keeps two fp32 moments, momentum one, sgd none",
+        choices=("adam", "momentum", "sgd"),
+    )
+    schedule: Literal["linear", "cosine"] = _learning(
+        "linear", "how all learning rates decay to zero after warm-up", choices=("linear", "cosine")
+    )
+    warmup: float = _learning(0.05, "share of the steps in which learning rates rise from zero", _share, unit="SHARE")
+    weight_decay: float = _learning(0.01, "AdamW weight decay of the encoder's matrices", _amount, unit="DECAY")
+    clip_norm: float = _learning(1.0, "largest norm of the encoder's gradient, 0 for no limit", _amount, unit="NORM")
+    seed: int = _learning(0, "seed of all random numbers; a run repeats for the same seed and number of threads", _whole)
+
+    eval_every: int = _scores(1, "epochs from one evaluation to the next; the last epoch always has one", _count, unit="EPOCHS")
+    limit_eval: int = _scores(0, "evaluate on so many texts, evenly spaced, 0 for all", _whole, unit="TEXTS")
+    propensity_a: float = _scores(0.55, "A in the propensities of PSP@k (Jain et al. 2016)", _amount, unit="A")
+    propensity_b: float = _scores(1.5, "B in the propensities", _amount, unit="B")
+
+    device: Literal["cpu", "cuda"] = _process("cpu", "where to compute", choices=("cpu", "cuda"), free=True)
+    threads: int = _process(0, "threads to compute with, 0 for as many as the process may use", _whole, free=True)
+    checkpoint_every: int = _process(
+        0, "steps between checkpoints beside the one after each epoch, 0 for none", _whole, unit="STEPS", free=True
+    )
+    keep: int = _process(2, "checkpoints to keep, the newest", _count, unit="CHECKPOINTS", free=True)
+    log_every: int = _process(50, "steps between training lines in metrics.jsonl", _count, unit="STEPS")
+
+    @property
+    def transformer_lr(self) -> float:
+        """Peak learning rate of the transformer, the default resolved."""
+        if self.encoder_lr is not None:
+            return self.encoder_lr
+        return _FRESH_LR if self.encoder == "small" else _PRETRAINED_LR
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def parse(argv: list[str] | None) -> tuple[dict[str, Any], bool]:
+    """The settings given on the command line, by field name, and whether to resume. Exits with 2 on a bad flag."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train",
+        usage="python -m train --data DIR --out RUN [flags]\n       python -m train --out RUN --resume",
+        description="Train a text classifier with a sparse output layer, encoder and head together.",
+        epilog="Ctrl-C or SIGTERM finishes the step, saves a checkpoint and stops. "
+        "Exit codes: 0 finished, 1 diverged, 2 bad flags or data, 130 stopped by Ctrl-C, 143 by SIGTERM.",
+        argument_default=argparse.SUPPRESS,
+    )
+    groups: dict[str, Any] = {}
+    for spec in fields(Settings):
+        facts = spec.metadata
+        if facts["group"] not in groups:
+            groups[facts["group"]] = parser.add_argument_group(facts["group"])
+        kind: dict[str, Any] = {"type": facts["parse"], "choices": facts["choices"], "metavar": facts["unit"]}
+        if spec.default is False:
+            kind = {"action": "store_true"}
+        groups[facts["group"]].add_argument("--" + spec.name.replace("_", "-"), help=_help(spec), **kind)
+    groups["files"].add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from RUN's last checkpoint, with its settings; a run that has none starts again",
+    )
+    given = vars(parser.parse_args(argv))
+    resume = given.pop("resume", False)
+    if "out" not in given:
+        parser.error("--out is missing")
+    return given, resume
+
+
+def new(given: dict[str, Any]) -> Settings:
+    """Settings of a new run; SettingsError when they cannot work together."""
+    if "data" not in given:
+        raise SettingsError("--data is missing")
+    settings = Settings(**given)
+    _check(settings)
+    return settings
+
+
+def resumed(stored: dict[str, Any], given: dict[str, Any]) -> Settings:
+    """The settings of a stored run with those `given` that may change; SettingsError names those that may not."""
+    known = {spec.name: spec for spec in fields(Settings)}
+    if stored.keys() != known.keys():
+        odd = ", ".join(sorted(stored.keys() ^ known.keys()))
+        raise SettingsError(f"the run was made by another version: settings {odd} do not match")
+    changed = [name for name, value in given.items() if value != stored[name] and not known[name].metadata["free"]]
+    if changed:
+        listed = ", ".join(f"--{name.replace('_', '-')} (was {stored[name]}, now {given[name]})" for name in changed)
+        raise SettingsError(f"cannot resume with changed settings: {listed}")
+    settings = replace(Settings(**stored), **given)
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    if settings.device != "cpu":
+        raise SettingsError(f"--device {settings.device}: training on a GPU is not supported yet; use --device cpu")
+    if settings.group_size % 16:
+        raise SettingsError(f"--group-size {settings.group_size} is not a multiple of 16")
+    if settings.dropout == 1:
+        raise SettingsError("--dropout 1 would drop every input")
+    if not Path(settings.data).is_dir():
+        raise SettingsError(f"--data {settings.data}: no such folder")
+
+
+def _help(spec: Field[Any]) -> str:
+    text = spec.metadata["help"]
+    if isinstance(spec.default, bool) or spec.default in ("", None):
+        return text
+    shown = f"{spec.default:g}" if isinstance(spec.default, float) else spec.default
+    return f"{text} (default: {shown})"

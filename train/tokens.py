@@ -1,0 +1,98 @@
+"""A split as numbers: tokens and labels of every text, made once and memory-mapped from then on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from train.data import Labels, read_split
+from train.files import atomic_folder
+
+_TEXTS_AT_ONCE = 4096
+_DTYPES = {"tokens": np.int32, "token_starts": np.int64, "labels": np.int32, "label_starts": np.int64}
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Tokens and labels of n texts. Text i has tokens[token_starts[i] : token_starts[i + 1]], labels likewise.
+
+    tokens int32, token_starts int64 [n + 1], labels int32 positions ascending within a text, label_starts int64 [n + 1].
+    `key` names the contents: equal keys mean equal texts, labels and tokens.
+    """
+
+    key: str
+    tokens: np.ndarray
+    token_starts: np.ndarray
+    labels: np.ndarray
+    label_starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.token_starts) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per text, int64 [n]."""
+        return np.diff(self.token_starts)
+
+    def labels_of(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Label positions of each of the texts `rows`."""
+        return [self.labels[self.label_starts[row] : self.label_starts[row + 1]] for row in rows]
+
+    def padded(self, rows: np.ndarray, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """input_ids and attention_mask, int64 [B, S], of the texts `rows`, padded on the right to the longest of them."""
+        starts, stops = self.token_starts[rows], self.token_starts[rows + 1]
+        shape = (len(rows), int((stops - starts).max()))
+        input_ids, mask = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.int64)
+        for i, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+            input_ids[i, : stop - start] = torch.from_numpy(self.tokens[start:stop].astype(np.int64))
+            mask[i, : stop - start] = 1
+        return input_ids, mask
+
+
+def load_split(
+    path: Path, labels: Labels, sources: list[str], tokenize: Callable[[Sequence[str]], list[list[int]]], cache: Path
+) -> Split:
+    """The split in file `path`, from `cache` if it is there, else read, tokenized and put there. DataError as `read_split`.
+
+    `sources` are strings that must differ whenever the texts, the labels or the tokenizer do: the cache is keyed by them.
+    """
+    key = hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:24]
+    folder = cache / f"tokens-{key}"
+    if not folder.is_dir():
+        with atomic_folder(folder) as temporary:
+            _write(temporary, path, labels, tokenize)
+    arrays = {name: np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r") for name, dtype in _DTYPES.items()}
+    return Split(key, **arrays)
+
+
+def label_counts(split: Split, labels: Labels) -> np.ndarray:
+    """Texts per label, int64 [L]."""
+    return np.bincount(split.labels, minlength=len(labels))
+
+
+def _write(folder: Path, path: Path, labels: Labels, tokenize: Callable[[Sequence[str]], list[list[int]]]) -> None:
+    token_lengths, label_lengths = [0], [0]
+    with (
+        (folder / "tokens.bin").open("wb") as tokens_file,
+        (folder / "labels.bin").open("wb") as labels_file,
+        tqdm(desc=f"tokenizing {path.name}", unit=" texts", disable=None) as bar,
+    ):
+        lines = read_split(path, labels)
+        while rows := list(islice(lines, _TEXTS_AT_ONCE)):
+            for tokens in tokenize([text for text, _ in rows]):
+                np.array(tokens, dtype=np.int32).tofile(tokens_file)
+                token_lengths.append(len(tokens))
+            for _, positions in rows:
+                positions.tofile(labels_file)
+                label_lengths.append(len(positions))
+            bar.update(len(rows))
+    np.cumsum(token_lengths, dtype=np.int64).tofile(folder / "token_starts.bin")
+    np.cumsum(label_lengths, dtype=np.int64).tofile(folder / "label_starts.bin")
