@@ -8,6 +8,7 @@ Millions of labels then cost no start-up time and only the memory of the pages t
 from __future__ import annotations
 
 import mmap
+import os
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,17 +23,13 @@ LABEL_FILES = tuple(f"{column}.{part}" for column in _COLUMNS for part in ("bin"
 
 
 class LabelTable:
-    """Ids and names of the labels 0 … L − 1, from the folder that `write_labels` filled; BundleError names a bad file.
-
-    ids, names   the columns as they are mapped, for searches through all of them
-    """
+    """Ids and names of the labels 0 … L − 1, from the folder that `write_labels` filled; BundleError names a bad file."""
 
     def __init__(self, folder: Path, n_labels: int) -> None:
         self.ids, self.names = (Column(folder, column, n_labels) for column in _COLUMNS)
-        self._n_labels = n_labels
 
     def __len__(self) -> int:
-        return self._n_labels
+        return len(self.ids)
 
     def id(self, label: int) -> str:
         """The user's own identifier of label `label`."""
@@ -40,6 +37,36 @@ class LabelTable:
 
     def name(self, label: int) -> str:
         return self.names[label]
+
+
+class Column:
+    """A string per label.
+
+    bytes    all of them in UTF-8, end to end, a read-only map
+    offsets  int64 [L + 1], mapped: string i is bytes[offsets[i]:offsets[i + 1]]
+    """
+
+    def __init__(self, folder: Path, name: str, n_labels: int) -> None:
+        path = folder / f"{name}.offsets.npy"
+        self.offsets: np.ndarray = np.asarray(open_memmap(path, mode="r"))
+        with (folder / f"{name}.bin").open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""  # nothing cannot be mapped
+        if self.offsets.dtype != np.int64 or self.offsets.shape != (n_labels + 1,):
+            found = f"{self.offsets.dtype} {list(self.offsets.shape)}"
+            raise BundleError(f"labels/{path.name} is {found}, expected int64 [{n_labels + 1}]")
+        if self.offsets[0] != 0 or self.offsets[-1] != size:
+            raise BundleError(
+                f"labels/{path.name} runs from {self.offsets[0]} to {self.offsets[-1]}, {name}.bin from 0 to {size}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, label: int) -> str:
+        if not 0 <= label < len(self):
+            raise IndexError(f"label {label}: there are {len(self)}")
+        return self.bytes[self.offsets[label] : self.offsets[label + 1]].decode()
 
 
 def write_labels(folder: Path, labels: Iterable[tuple[str, str]]) -> int:
@@ -58,27 +85,3 @@ def write_labels(folder: Path, labels: Iterable[tuple[str, str]]) -> int:
     for column, end in zip(_COLUMNS, ends, strict=True):
         np.save(folder / f"{column}.offsets.npy", np.frombuffer(end, dtype=np.int64))
     return len(ends[0]) - 1
-
-
-class Column:
-    """Strings on disk, by position: string i is bytes[offsets[i] : offsets[i + 1]] in UTF-8."""
-
-    def __init__(self, folder: Path, name: str, n_labels: int) -> None:
-        path = folder / f"{name}.offsets.npy"
-        self.offsets = open_memmap(path, mode="r")
-        with (folder / f"{name}.bin").open("rb") as file:
-            size = file.seek(0, 2)
-            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""  # nothing cannot be mapped
-        offsets = self.offsets
-        if offsets.dtype != np.int64 or offsets.shape != (n_labels + 1,):
-            raise BundleError(f"{path.name} is {offsets.dtype} {list(offsets.shape)}, expected int64 [{n_labels + 1}]")
-        if offsets[0] != 0 or offsets[-1] != size:
-            raise BundleError(f"{path.name} runs from {offsets[0]} to {offsets[-1]}, {name}.bin from 0 to {size}")
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, label: int) -> str:
-        if not 0 <= label < len(self):
-            raise IndexError(f"label {label}: there are {len(self)}")
-        return self.bytes[self.offsets[label] : self.offsets[label + 1]].decode()
