@@ -86,7 +86,9 @@ def _input(x: np.ndarray, width: int) -> np.ndarray:
 
 def _gradient(grad: np.ndarray, block: Block) -> np.ndarray:
     if grad.ndim != 3 or grad.shape[1:] != block.bias.shape or grad.dtype != np.float32:
-        raise ValueError(f"grad is {grad.dtype} {list(grad.shape)}, expected float32 [B, {', '.join(map(str, block.bias.shape))}]")
+        raise ValueError(
+            f"grad is {grad.dtype} {list(grad.shape)}, expected float32 [B, {', '.join(map(str, block.bias.shape))}]"
+        )
     return np.ascontiguousarray(grad)
 
 

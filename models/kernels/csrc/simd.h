@@ -44,10 +44,30 @@ FANIN_INLINE vu broadcast(uint32_t s) { return s - vu{}; }
 FANIN_INLINE vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
 FANIN_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
+// GCC 12 turns __builtin_convertvector between 16 and 32 bits into several narrow steps: hence intrinsics.
 FANIN_INLINE vf load(const bf16* p) {
+#if defined(FANIN_AVX512)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(FANIN_AVX2)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
   vh h;
   std::memcpy(&h, p, sizeof h);
   return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
+}
+
+// The upper halves of the lanes, i.e. fp32 bit patterns cut off to bf16.
+FANIN_INLINE void store_upper(bf16* p, vu v) {
+#if defined(FANIN_AVX512)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)v, 16)));
+#elif defined(FANIN_AVX2)
+  const __m256i upper = _mm256_srli_epi32((__m256i)v, 16);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1)));
+#else
+  const vh half = __builtin_convertvector(v >> 16, vh);
+  std::memcpy(p, &half, sizeof half);
+#endif
 }
 
 FANIN_INLINE vf load(const fp16* p) {

@@ -32,9 +32,7 @@ FANIN_INLINE void store_rounded(float* p, vf v, const Random&, uint32_t) { store
 
 FANIN_INLINE void store_rounded(bf16* p, vf v, const Random& random, uint32_t element) {
   const vu raw = (vu)v;
-  const vu carried = (raw & 0x7F800000u) == 0x7F800000u ? raw : raw + random.bits(element);
-  const vh half = __builtin_convertvector(carried >> 16, vh);
-  std::memcpy(p, &half, sizeof half);
+  store_upper(p, (raw & 0x7F800000u) == 0x7F800000u ? raw : raw + random.bits(element));
 }
 
 // n weights (a multiple of W) from `element` of their group on; `first` and `second` are their moments or null.
