@@ -12,10 +12,13 @@ constexpr int STRIP = 6;  // inputs handled together
 
 // gt [G, ldx] = gᵀ of g [B, G]; columns beyond B are zero.
 FANIN_INLINE void transpose_gradient(const float* g, float* gt, int B, int G, int ldx) {
-  for (int i = 0; i < G; ++i) {
-    for (int b = 0; b < B; ++b) gt[(int64_t)i * ldx + b] = g[(int64_t)b * G + i];
-    for (int b = B; b < ldx; ++b) gt[(int64_t)i * ldx + b] = 0;
-  }
+  for (int b = 0; b < ldx; b += W)
+    for (int i = 0; i < G; i += W) {
+      vf rows[W];
+      for (int r = 0; r < W; ++r) rows[r] = b + r < B ? load(g + (int64_t)(b + r) * G + i) : vf{};
+      transpose(rows);
+      for (int r = 0; r < W; ++r) store(gt + (int64_t)(i + r) * ldx + b, rows[r]);
+    }
 }
 
 // grad_xt[input, :] += Σ_g w[input, g] · gt[g, :] for N inputs; w [N, G] fp32.

