@@ -44,17 +44,20 @@ def main() -> None:
         positives = [rng.choice(args.labels, args.positives, replace=False) for _ in range(batch)]
         steps: dict[str, Step] = {}
         weight_bytes: dict[str, int] = {}
+        extra_bytes: dict[str, int] = {}
         for connectivity in args.connectivity:
             block = Block.random(
                 np.arange(args.labels, dtype=np.int32), width=args.width, connectivity=connectivity, fan_in=args.fan_in,
                 group_size=args.group_size, dtype=args.dtype, rng=rng,
             )  # fmt: skip
             steps[connectivity] = fused_step(block, x, positives, args)
+            extra_bytes[connectivity] = measure.extra_memory(steps[connectivity])
             weight_bytes[connectivity] = block.nbytes
         for dtype in args.baseline:
             name = f"torch-dense-{dtype}"
             layer = torch.nn.Linear(args.width, args.labels, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
             steps[name] = dense_step(layer, x, positives, args)
+            extra_bytes[name] = measure.extra_memory(steps[name])
             weight_bytes[name] = sum(p.nbytes for p in layer.parameters())
         times = measure.interleaved(steps, args.repeats)
         rows = []
@@ -65,7 +68,7 @@ def main() -> None:
                 "dtype": name.split("-")[-1] if "torch" in name else args.dtype, "optimizer": args.optimizer, "batch": batch,
                 **measure.summary(taken),
                 **{f"{base}_is_slower": measure.paired_ratio(times[base], taken) for base in times if base.startswith("torch")},
-                "weight_bytes": weight_bytes[name], "extra_bytes": measure.extra_memory(steps[name]),
+                "weight_bytes": weight_bytes[name], "extra_bytes": extra_bytes[name],
             }  # fmt: skip
             rows.append(row)
         measure.emit("train_step", rows)
