@@ -1,0 +1,136 @@
+import json
+import re
+from dataclasses import fields
+
+import pytest
+
+from tests.train.tasks import QUICK, run
+from train import settings
+from train.settings import Settings
+
+
+def test_help_explains_every_setting_and_the_exit_codes(capsys):
+    with pytest.raises(SystemExit) as stop:
+        settings.parse(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for spec in fields(Settings):
+        assert f"--{spec.name.replace('_', '-')}" in text
+        if not isinstance(spec.default, bool) and spec.default not in ("", None):
+            shown = f"{spec.default:g}" if isinstance(spec.default, float) else str(spec.default)
+            assert f"(default: {shown})" in text
+    assert "130 stopped by Ctrl-C" in text
+    assert "or 2% (default" in text
+
+
+@pytest.mark.parametrize(("given", "share"), [("2%", 0.02), ("0.02", 0.02), ("0", 0.0), ("100%", 1.0), ("12.5%", 0.125)])
+def test_shares(given, share):
+    assert settings.parse(["--out", "x", "--dense-labels", given])[0]["dense_labels"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dense-labels", "101%"], "101% is not a share"),
+        (["--dense-labels", "-1"], "--dense-labels"),
+        (["--epochs", "0"], "0 is not at least 1"),
+        (["--intermediate", "-1"], "-1 is negative"),
+        (["--head-lr", "nan"], "nan is not a number from 0 up"),
+        (["--fan-in", "many"], "--fan-in"),
+        (["--loss", "hinge"], "--loss"),
+        (["--pooling", "max"], "--pooling"),
+        (["--unknown", "1"], "--unknown"),
+    ],
+)
+def test_a_bad_flag_is_named(capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        settings.parse(["--data", "x", "--out", "y", *flags])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--group-size", "24"], "--group-size 24 is not a multiple of 16"),
+        (["--device", "cuda"], "--device cuda: training on a GPU is not supported yet"),
+        (["--dropout", "1"], "--dropout 1 would drop every input"),
+        (["--fan-in", "65"], "fan-in is 65, must be 1 to the width 64"),
+        (["--intermediate", "70000"], "intermediate is 70000"),
+        (["--max-length", "2"], "max_length is 2"),
+        (["--small-heads", "3"], "width is 32, must be a multiple of the 3 heads"),
+        (["--encoder", "/no/such/encoder"], "/no/such/encoder: no such folder"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(task, tmp_path, capsys, flags, message):
+    assert run(task, tmp_path / "run", *QUICK, *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_out_and_data_are_needed(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        settings.parse(["--data", str(tmp_path)])
+    assert "--out is missing" in capsys.readouterr().err
+    assert run(None, tmp_path / "run") == 2
+    assert "--data is missing" in capsys.readouterr().err
+
+
+def test_a_run_is_not_overwritten(task, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(task, out, *QUICK, "--epochs", "1") == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run(task, out, *QUICK, "--epochs", "1") == 2
+    assert "holds a run; continue it with --resume" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+    other = tmp_path / "papers"
+    other.mkdir()
+    (other / "thesis.tex").write_text("precious")
+    assert run(task, other, *QUICK) == 2
+    assert "not empty and holds no run" in capsys.readouterr().err
+    assert run(task, other / "thesis.tex", *QUICK) == 2
+    assert "is not a folder" in capsys.readouterr().err
+
+
+def test_a_run_is_not_resumed_with_other_settings_or_data(task, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(task, out, *QUICK, "--epochs", "1") == 0
+    assert run(None, out, "--resume", "--fan-in", "8", "--seed", "3", "--keep", "1") == 2
+    message = capsys.readouterr().err
+    assert re.search(
+        r"cannot resume with changed settings: --fan-in \(was 16, now 8\), --seed \(was 0, now 3\)$", message.strip()
+    )
+    assert run(None, out, "--resume", "--fan-in", "16", "--keep", "1") == 0
+
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in task.iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+    assert run(moved, out, "--resume") == 0, "the same data elsewhere is the same data"
+    with (moved / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "more", "labels": []}) + "\n")
+    assert run(moved, out, "--resume") == 2
+    assert "the data has changed since the run began (train)" in capsys.readouterr().err
+
+    (out / "config.json").write_text("{")
+    assert run(None, out, "--resume") == 2
+    assert "config.json: cannot be read" in capsys.readouterr().err
+
+
+def test_damaged_checkpoints_are_named(task, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(task, out, *QUICK, "--epochs", "1") == 0
+    checkpoint = max((out / "checkpoints").iterdir())
+    for name in (
+        "trainer.json",
+        "trainer.safetensors",
+        "head.safetensors",
+        "encoder/model.safetensors",
+        "encoder/encoder.json",
+    ):
+        whole = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(whole[: len(whole) // 2])
+        assert run(None, out, "--resume") == 2
+        assert str(checkpoint / name) in capsys.readouterr().err
+        (checkpoint / name).write_bytes(whole)
+    assert run(None, out, "--resume") == 0
