@@ -1,0 +1,138 @@
+"""`python -m serve.predict BUNDLE --input F.jsonl --output OUT.jsonl`: labels for a file of texts, with the server's engine."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, get_args
+
+from tqdm import tqdm
+
+from export.bundle import BundleError
+from serve.answers import Scores, prediction
+from serve.engine import Engine
+from serve.tokens import TextTokenizer
+
+_DESCRIPTION = """\
+Predicts the labels of every text in a file. Each line of the input is {"text": …}; other fields do not matter. Line n of the
+output belongs to line n of the input, best label first:
+
+  {"labels": [{"id", "name", "score"}, …], "tokens", "truncated"}
+
+Files whose names end in .gz are compressed. The output appears when it is complete. A line that cannot be read ends the
+command with the line's number and status 2, and without output.
+"""
+_WINDOW = 4096  # lines that are sorted by length together
+_BATCH_INPUTS, _BATCH_TOKENS = 64, 4096
+
+
+class InputError(ValueError):
+    """A line cannot be read; the message names file, line and reason."""
+
+
+def predict(
+    engine: Engine, tokenizer: TextTokenizer, texts: Sequence[str], k: int, scores: Scores = "probability"
+) -> list[dict[str, Any]]:
+    """The k best labels of each text, as the output has them, in order. Texts of similar length share a batch."""
+    tokens = tokenizer(texts)
+    answers: dict[int, dict[str, Any]] = {}
+    order = sorted(range(len(texts)), key=lambda i: len(tokens[i].ids))
+    while order:
+        longest = engine.padded(len(tokens[order[-1]].ids))
+        count = max(1, min(_BATCH_INPUTS, _BATCH_TOKENS // longest))
+        batch = order[-count:]
+        del order[-count:]
+        logits, labels = engine.topk(engine.encode([tokens[i].ids for i in batch]), k)
+        for row, i in enumerate(batch):
+            answers[i] = prediction(tokens[i], labels[row], logits[row], engine.bundle.labels, scores=scores)
+    return [answers[i] for i in range(len(texts))]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        "python -m serve.predict", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory written by `python -m export`")
+    parser.add_argument("--input", type=Path, required=True, metavar="FILE", help="JSON lines to read, plain or .gz")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines to write, plain or .gz")
+    parser.add_argument("--top-k", type=int, default=10, metavar="K", help="labels per text (default: %(default)s)")
+    parser.add_argument("--scores", choices=get_args(Scores), default="probability", help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads to use (default: the cores this process may use)")
+    arguments = parser.parse_args()
+    if arguments.top_k < 1 or (arguments.threads is not None and arguments.threads < 1):
+        parser.error("--top-k and --threads must be at least 1")
+    try:
+        engine = Engine.open(arguments.bundle, arguments.threads)
+        _run(engine, arguments.input, arguments.output, arguments.top_k, arguments.scores)
+    except (BundleError, InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _run(engine: Engine, source: Path, target: Path, k: int, scores: Scores) -> None:
+    tokenizer = engine.new_tokenizer()
+    with (
+        source.open("rb") as file,
+        _unpacked(file, source) as lines,
+        _replacing(target) as out,
+        tqdm(total=source.stat().st_size, unit="B", unit_scale=True, desc="predict") as bar,
+    ):
+        texts = _texts(lines, source)
+        while window := list(islice(texts, _WINDOW)):
+            for answer in predict(engine, tokenizer, window, k, scores):
+                out.write(json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+            bar.update(file.tell() - bar.n)
+
+
+def _unpacked(file: IO[bytes], source: Path) -> IO[bytes]:
+    return gzip.open(file) if source.suffix == ".gz" else file  # type: ignore[return-value]
+
+
+def _texts(lines: IO[bytes], source: Path) -> Iterator[str]:
+    number = 1
+    try:
+        for line in lines:
+            text = json.loads(line)["text"]
+            if not isinstance(text, str):
+                raise TypeError('"text" is not a string')
+            if not text or text.isspace():
+                raise ValueError('"text" is empty')
+            text.encode()  # fails for half a surrogate pair, which no tokenizer takes
+            yield text
+            number += 1
+    except KeyError as error:
+        raise InputError(f"{source}:{number}: no field {error}") from error
+    except (ValueError, TypeError, RecursionError, OSError, EOFError) as error:  # the last two: damaged gzip
+        raise InputError(f"{source}:{number}: {error}") from error
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the name `target` when the block ends well, and leaves nothing behind when it does not."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            if target.suffix == ".gz":
+                with gzip.open(file, "wb", compresslevel=6) as packed:
+                    yield packed  # type: ignore[misc]
+            else:
+                yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Errors as application/problem+json (RFC 9457), FastAPI's and Starlette's own included."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+
+from serve.schema import ProblemDetails
+
+MEDIA_TYPE = "application/problem+json"
+_SCHEMAS = "#/components/schemas/"
+
+
+class Problem(Exception):
+    """An answer that is an error. `kind` is its stable name; `errors` are (JSON Pointer, detail) pairs."""
+
+    def __init__(
+        self,
+        status: int,
+        kind: str,
+        detail: str,
+        *,
+        errors: Sequence[tuple[str, str]] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.status, self.kind, self.detail, self.errors, self.headers = status, kind, detail, errors, headers
+
+    def response(self, request_id: str) -> Response:
+        body: dict[str, Any] = {
+            "type": f"urn:fanin:problem:{self.kind}",
+            "title": HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": self.detail,
+            "request_id": request_id,
+        }
+        if self.errors:
+            body["errors"] = [{"pointer": pointer, "detail": detail} for pointer, detail in self.errors]
+        content = json.dumps(body, ensure_ascii=False).encode(errors="replace")  # a detail may quote half a surrogate pair
+        return Response(content, self.status, self.headers, MEDIA_TYPE)
+
+
+def invalid(*errors: tuple[str, str]) -> Problem:
+    """422 with each fault and where it is."""
+    detail = "; ".join(f"{pointer}: {text}" for pointer, text in errors[:3])
+    return Problem(422, "invalid-request", detail + ("; …" if len(errors) > 3 else ""), errors=errors)
+
+
+def responses(**details: str) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entries of a route's errors, from s422="when" and so on."""
+    content = {MEDIA_TYPE: {"schema": {"$ref": _SCHEMAS + ProblemDetails.__name__}}}
+    return {int(code[1:]): {"description": detail, "content": content} for code, detail in details.items()}
+
+
+def install(app: FastAPI) -> None:
+    """Makes every error of the app a problem, and puts ProblemDetails into its description."""
+    describe = app.openapi
+
+    def describe_with_problems() -> dict[str, Any]:
+        api = describe()
+        _, models = models_json_schema([(ProblemDetails, "serialization")], ref_template=_SCHEMAS + "{model}")
+        api["components"]["schemas"].update(models["$defs"])
+        return api
+
+    app.openapi = describe_with_problems  # type: ignore[method-assign]
+    app.add_exception_handler(Problem, _on_problem)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_exception)
+
+
+async def _on_problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return error.response(request.state.id)
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    faults = error.errors()
+    if any(fault["type"] == "json_invalid" for fault in faults):
+        problem = Problem(400, "bad-json", f"the body is not JSON: {faults[0].get('ctx', {}).get('error', faults[0]['msg'])}")
+    else:
+        problem = invalid(*((_pointer(fault["loc"]), fault["msg"]) for fault in faults))
+    return problem.response(request.state.id)
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    kind, detail = {
+        400: ("bad-json", "the body is not JSON in UTF-8"),
+        404: ("not-found", f"there is nothing at {path}"),
+        413: ("body-too-large", str(error.detail)),
+        405: ("method-not-allowed", f"{request.method} is not possible at {path}"),
+    }.get(error.status_code, (HTTPStatus(error.status_code).phrase.lower().replace(" ", "-"), str(error.detail)))
+    return Problem(error.status_code, kind, detail, headers=error.headers).response(request.state.id)
+
+
+async def _on_exception(request: Request, error: Exception) -> Response:
+    return Problem(500, "internal", "the server failed; its log says why").response(request.state.id)
+
+
+def _pointer(loc: Sequence[Any]) -> str:
+    """("body", "inputs", "texts", 3) → /inputs/3 and ("query", "limit") → limit"""
+    where, *path = loc
+    if where != "body":
+        return ".".join(map(str, path))
+    if path[:1] == ["inputs"]:
+        path = ["inputs", *(step for step in path[1:] if isinstance(step, int))]  # without the name of the form checked
+    return "".join("/" + str(step).replace("~", "~0").replace("/", "~1") for step in path)

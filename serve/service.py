@@ -1,0 +1,229 @@
+"""One model being served: its engine, queue and engine thread, and the state of the server around them. No HTTP.
+
+All methods are for the event loop's thread; the engine runs in its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from serve.engine import Engine
+from serve.metrics import Metrics
+from serve.scheduler import DeadlineExceeded, Job, Scheduler
+from serve.settings import Settings
+from serve.tokens import Tokens
+from serve.worker import Worker
+
+State = Literal["loading", "ready", "draining"]
+ClientLeaves = Callable[[], Coroutine[Any, Any, None]]
+# Tokenizing takes under 1 µs per character. Up to a millisecond of it is cheaper here than the way to another thread and
+# back; longer texts go there, so that they never hold up the event loop.
+_INLINE_CHARS = 1000
+
+
+class NotReady(Exception):
+    """No predictions are taken now: the model is loading, or the server is draining."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__(f"the server is {state}")
+        self.state = state
+
+
+class ClientLeft(Exception):
+    """The client went away before its answer was ready."""
+
+
+class TooLong(ValueError):
+    """Texts that exceed the model's length when truncation is refused; `positions` are theirs."""
+
+    def __init__(self, positions: list[int]) -> None:
+        super().__init__(f"texts {positions} are too long")
+        self.positions = positions
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of a request: per text its tokens and its (labels int32 [k], scores fp32 [k]); and where the time went."""
+
+    tokens: list[Tokens]
+    best: list[tuple[np.ndarray, np.ndarray]]
+    tokenize_s: float
+    queue_s: float
+    encode_s: float
+    head_s: float
+
+
+class Service:
+    """Loads one bundle and answers requests with it until drained."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings, self.metrics = settings, metrics
+        self.state: State = "loading"
+        self._backend: _Backend | None = None
+        self._active = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        metrics.ready.set_function(lambda: self.ready)
+        metrics.draining.set_function(lambda: self.state == "draining")
+
+    @property
+    def engine(self) -> Engine:
+        """The engine with its bundle; NotReady until it is loaded."""
+        if self._backend is None:
+            raise NotReady("loading")
+        return self._backend.engine
+
+    @property
+    def alive(self) -> bool:
+        """False once the engine's thread is gone or stuck. A server that still loads is alive."""
+        return self._backend is None or self._backend.alive
+
+    @property
+    def ready(self) -> bool:
+        return self.state == "ready" and self.alive
+
+    async def load(self) -> None:
+        """Opens, verifies, loads and warms up the bundle beside the event loop, then takes requests. BundleError."""
+        settings, began = self.settings, time.perf_counter()
+        engine = await asyncio.to_thread(Engine.open, settings.bundle, settings.threads)
+        self.metrics.model_load_duration.set(time.perf_counter() - began)
+        warm_up_s = await asyncio.to_thread(engine.warm_up, settings.max_batch_inputs, settings.max_batch_tokens)
+        self.metrics.warmup_duration.set(warm_up_s)
+        self._backend = _Backend(engine, settings, self.metrics)
+        if self.state == "loading":
+            self.state = "ready"
+
+    async def predict(
+        self, texts: Sequence[str], *, k: int, truncate: bool, timeout_s: float, client_left: ClientLeaves
+    ) -> Answer:
+        """The k best labels of each text. `client_left()` ends when nobody waits for the answer any more.
+
+        NotReady, QueueFull, TooLong, DeadlineExceeded, ClientLeft, Closed, or whatever the engine raised.
+        """
+        if self.state != "ready" or self._backend is None:
+            raise NotReady(self.state)
+        self._active += 1
+        self._idle.clear()
+        try:
+            return await self._backend.predict(texts, k, truncate, timeout_s, client_left)
+        finally:
+            self._active -= 1
+            if not self._active:
+                self._idle.set()
+
+    async def drain(self) -> None:
+        """Takes no more predictions and waits for those under way, as long as the settings allow."""
+        self.state = "draining"
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), self.settings.drain_timeout_s)
+
+    def close(self) -> None:
+        """Ends the engine's thread; call it when nothing is under way."""
+        if self._backend is not None:
+            self._backend.close()
+
+
+class _Backend:
+    """An engine with everything that is tied to it, so that another bundle can take over while this one finishes."""
+
+    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
+        self.engine, self._metrics = engine, metrics
+        self._loop = asyncio.get_running_loop()
+        self._hang_timeout_s = settings.hang_timeout_s
+        self._tokenize_here = engine.new_tokenizer()
+        self._tokenize_there = engine.new_tokenizer()
+        self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+        self._scheduler = scheduler = Scheduler(
+            max_queue_tokens=settings.max_queue_tokens,
+            max_batch_inputs=settings.max_batch_inputs,
+            max_batch_tokens=settings.max_batch_tokens,
+            padded=engine.padded,
+            deliver=self._deliver,
+        )
+        self._worker = worker = Worker(engine, scheduler, metrics)
+        metrics.queue_inputs.set_function(lambda: scheduler.queue_inputs)
+        metrics.queue_tokens.set_function(lambda: scheduler.queue_tokens)
+        metrics.queue_oldest_age.set_function(lambda: scheduler.queue_oldest_age_s)
+        metrics.worker_heartbeat_age.set_function(lambda: worker.heartbeat_age_s)
+        manifest = engine.bundle.manifest
+        metrics.model.info({"model": manifest.name, "version": engine.version})
+        for component, size in manifest.component_nbytes.items():
+            metrics.model_bytes.labels(component, "cpu").set(size)
+        worker.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._worker.alive and self._worker.heartbeat_age_s < self._hang_timeout_s
+
+    def close(self) -> None:
+        self._scheduler.close()
+        self._worker.join(timeout_s=1)
+        self._tokenizing.shutdown(wait=False)
+
+    async def predict(
+        self, texts: Sequence[str], k: int, truncate: bool, timeout_s: float, client_left: ClientLeaves
+    ) -> Answer:
+        deadline = time.monotonic() + timeout_s
+        self._scheduler.check_room()
+        began = time.perf_counter()
+        tokens = await self._tokenize(texts)
+        tokenize_s = time.perf_counter() - began
+        if not truncate and (too_long := [i for i, text in enumerate(tokens) if text.truncated]):
+            raise TooLong(too_long)
+        future = self._loop.create_future()
+        job = Job(((text.ids, len(text.ids)) for text in tokens), k=k, deadline=deadline, owner=future)
+        self._scheduler.submit(job)
+        self._observe(tokens, tokenize_s)
+        timer = self._loop.call_later(deadline - time.monotonic(), _end, future, DeadlineExceeded())
+        watch = self._loop.create_task(client_left())
+        watch.add_done_callback(lambda _: _end(future, ClientLeft()))
+        try:
+            await future
+        except (DeadlineExceeded, ClientLeft):
+            self._metrics.cancelled.labels(job.stage).inc()
+            raise
+        finally:
+            timer.cancel()
+            watch.cancel()
+            self._scheduler.cancel(job)  # if it is not over
+        queue_s = job.finished_at - job.admitted_at - job.encoder_s - job.head_s
+        self._metrics.stage("queue").observe(queue_s)
+        return Answer(tokens, [item.result for item in job.items], tokenize_s, queue_s, job.encoder_s, job.head_s)
+
+    async def _tokenize(self, texts: Sequence[str]) -> list[Tokens]:
+        if sum(map(len, texts)) <= _INLINE_CHARS:
+            return self._tokenize_here(texts)
+        return await self._loop.run_in_executor(self._tokenizing, self._tokenize_there, texts)
+
+    def _deliver(self, jobs: list[Job]) -> None:
+        with suppress(RuntimeError):  # the loop is closed: the server ended before its last batch
+            self._loop.call_soon_threadsafe(_resolve, jobs)
+
+    def _observe(self, tokens: Sequence[Tokens], tokenize_s: float) -> None:
+        self._metrics.stage("tokenize").observe(tokenize_s)
+        self._metrics.inputs.inc(len(tokens))
+        for text in tokens:
+            self._metrics.input_tokens.observe(len(text.ids))
+            if text.truncated:
+                self._metrics.truncated_inputs.inc()
+
+
+def _resolve(jobs: list[Job]) -> None:
+    for job in jobs:
+        if job.error is not None:
+            _end(job.owner, job.error)
+        elif not job.owner.done():
+            job.owner.set_result(None)
+
+
+def _end(future: asyncio.Future[None], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)

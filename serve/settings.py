@@ -1,0 +1,88 @@
+"""The settings of a server. One dataclass makes the command line and its help."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+_DESCRIPTION = """\
+Serves the model of BUNDLE, a directory written by `python -m export`, over HTTP.
+
+It prints its address when the model is loaded and warmed up. SIGTERM or Ctrl-C ends it cleanly: no new predictions are
+taken, those under way are answered, exit status 0. A damaged bundle or a wrong setting is exit status 2.
+"""
+_EPILOG = """\
+example:
+  python -m serve bundle --port 8000
+  curl -s localhost:8000/predict -H 'Content-Type: application/json' -d '{"inputs": "sort an array", "top_k": 5}'
+
+A page to try the model is at /, the API's description at /docs, Prometheus metrics at /metrics.
+"""
+
+
+def _at_least(least: int, most: int | None = None) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{text} is not {least} {'or more' if most is None else f'to {most}'}")
+        return value
+
+    parse.__name__ = "whole number"  # argparse puts it into its message
+    return parse
+
+
+def _setting(group: str, default: Any, help: str, parse: Callable[[str], Any], metavar: str = "N") -> Any:
+    return dataclasses.field(default=default, metadata={"group": group, "help": help, "type": parse, "metavar": metavar})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Every setting of a server, by the name of its flag (dashes for underscores)."""
+
+    bundle: Path
+
+    host: str = _setting("network", "127.0.0.1", "address to listen on; 0.0.0.0 for every IPv4 network", str, "ADDRESS")
+    port: int = _setting("network", 8000, "port to listen on; 0 takes a free one", _at_least(0, 65_535))
+    drain_timeout_s: int = _setting("network", 30, "seconds that predictions under way may take at the end", _at_least(0), "S")
+
+    threads: int | None = _setting(
+        "engine", None, "threads of the encoder and the head (default: the cores this process may use)", _at_least(1)
+    )
+    max_batch_inputs: int = _setting("engine", 64, "texts in one batch, at most", _at_least(1))
+    max_batch_tokens: int = _setting(
+        "engine", 2048, "tokens in one batch, padding included, at most; a single longer text still goes alone", _at_least(1)
+    )
+    hang_timeout_s: int = _setting("engine", 60, "seconds in one batch after which /livez fails", _at_least(1), "S")
+
+    max_queue_tokens: int = _setting(
+        "limits",
+        32_768,
+        "tokens that may wait before requests are answered 429; an empty queue takes any request",
+        _at_least(1),
+    )
+    max_inputs: int = _setting("limits", 128, "texts in one request, at most", _at_least(1))
+    max_top_k: int = _setting("limits", 1000, "labels per text a request may ask for", _at_least(1))
+    max_body_bytes: int = _setting("limits", 1 << 20, "bytes in a request's body, at most", _at_least(1))
+    timeout_ms: int = _setting(
+        "limits", 30_000, "milliseconds a request may take unless it asks for less; it is answered 504 then", _at_least(1), "MS"
+    )
+
+
+def parse(arguments: Sequence[str] | None = None) -> Settings:
+    """Settings from a command line (default: this process's). Ends the process with status 2 on a wrong one."""
+    parser = argparse.ArgumentParser(
+        "python -m serve", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory written by `python -m export`")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for field in dataclasses.fields(Settings)[1:]:
+        facts = dict(field.metadata)
+        name = facts.pop("group")
+        group = groups[name] if name in groups else groups.setdefault(name, parser.add_argument_group(name))
+        shown = "" if field.default is None else " (default: %(default)s)"
+        flag = "--" + field.name.removesuffix("_s").replace("_", "-")
+        group.add_argument(flag, dest=field.name, default=field.default, **{**facts, "help": facts["help"] + shown})
+    return Settings(**vars(parser.parse_args(arguments)))

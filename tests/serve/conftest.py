@@ -1,0 +1,107 @@
+"""A small bundle, made as `export` makes them, and servers that serve it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+
+from export.bundle import open_bundle, write_bundle
+from export.encoder import export_encoder, export_tokenizer
+from models.encoder import Encoder, EncoderConfig
+from models.head import Block, Head
+from serve.app import create_app
+from serve.engine import Engine
+from serve.metrics import Metrics
+from serve.service import Service
+from serve.settings import Settings
+from tests.serve.harness import LABELS, MAX_LENGTH, TEXTS, Local, Process, Serving, TouchyEngine
+
+
+@pytest.fixture(scope="session")
+def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks (dense and shared) over 500 labels; label i has the id "t-i" and is called "topic i"."""
+    path = tmp_path_factory.mktemp("serve") / "bundle"
+    config = EncoderConfig("mean", MAX_LENGTH, intermediate=96)
+    encoder = Encoder.small(TEXTS * 5, config, vocabulary=200, width=32, layers=1, heads=2, seed=1)
+    rng = np.random.default_rng(2)
+    every = rng.permutation(LABELS).astype(np.int32)
+    blocks = (
+        Block.random(every[:20], width=96, connectivity="dense", fan_in=96, group_size=16, rng=rng),
+        Block.random(every[20:], width=96, connectivity="shared", fan_in=24, group_size=32, dtype="bf16", rng=rng),
+    )
+    write_bundle(
+        path,
+        name="topics",
+        head=Head(96, LABELS, blocks),
+        labels=((f"t-{i}", f"topic {i}") for i in range(LABELS)),
+        tokenizer=export_tokenizer(encoder),
+        max_length=MAX_LENGTH,
+        write_encoder=lambda file: export_encoder(encoder, file),
+        metrics={"test": {"P@1": 0.5}},
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def engine(bundle_path: Path) -> Engine:
+    return Engine(open_bundle(bundle_path), threads=1)
+
+
+@pytest.fixture(scope="session")
+def server(bundle_path: Path) -> Iterator[Process]:
+    process = Process(bundle_path)
+    yield process
+    assert process.end() == (0, "")
+
+
+@pytest.fixture
+def client(server: Process) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture
+def serving(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serving:
+    """`with serving(max_queue_tokens=…) as local`. With `load=False` the server stays as it is before it has loaded."""
+
+    @contextmanager
+    def start(load: bool = True, **settings: int) -> Iterator[Local]:
+        engine = TouchyEngine(bundle_path)
+        monkeypatch.setattr(Engine, "open", lambda path, threads: engine)
+        service = Service(Settings(bundle_path, **settings), Metrics())
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            server = uvicorn.Server(uvicorn.Config(create_app(service), lifespan="off", log_config=None))
+            started = threading.Event()
+            loops: list[asyncio.AbstractEventLoop] = []
+
+            async def main() -> None:
+                loops.append(asyncio.get_running_loop())
+                if load:
+                    await service.load()
+                started.set()
+                await server.serve([listener])
+                service.close()
+
+            thread = threading.Thread(target=lambda: asyncio.run(main()))
+            thread.start()
+            assert started.wait(30)
+            engine.entered.clear()
+            engine.batches.clear()
+            try:
+                yield Local(service, engine, "http://{}:{}".format(*listener.getsockname()), loops[0])
+            finally:
+                engine.gate.set()
+                server.should_exit = True
+                thread.join(30)
+                assert not thread.is_alive()
+
+    return start

@@ -1,0 +1,84 @@
+"""Servers under test: one in a process of its own, one in this process with an engine that a test has in its hands."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+
+from export.bundle import open_bundle
+from serve.engine import Engine
+from serve.service import Service
+
+ROOT = Path(__file__).parents[2]
+LABELS = 500
+MAX_LENGTH = 32
+TEXTS = [
+    "sort an array along an axis",
+    "return the inverse of a square matrix",
+    "open a file and read its lines",
+    "compute the singular value decomposition of a matrix",
+    "send a request over a socket and wait for the answer",
+    "parse a date in ISO format",
+]
+
+
+class Process:
+    """A `python -m serve` that is ready."""
+
+    def __init__(self, bundle: Path, *flags: str) -> None:
+        command = [sys.executable, "-m", "serve", str(bundle), "--port", "0", "--threads", "1", *flags]
+        self.popen = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self.popen.stdout is not None
+        self.greeting = self.popen.stdout.readline()  # when ready, or empty when it has ended
+        assert self.greeting, self.popen.communicate()[1]
+        self.url = self.greeting.split()[-1].rstrip("/")
+
+    def end(self) -> tuple[int, str]:
+        """Exit status and standard error, after SIGTERM unless it has ended already."""
+        self.popen.terminate()
+        _, errors = self.popen.communicate(timeout=30)
+        return self.popen.returncode, errors
+
+
+class TouchyEngine(Engine):
+    """An engine that waits at a gate, and that some token counts make fail."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(open_bundle(path, verify=False), threads=1)
+        self.gate, self.entered = threading.Event(), threading.Event()
+        self.gate.set()
+        self.poison: dict[int, BaseException] = {}
+        self.batches: list[int] = []
+
+    def encode(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+        self.batches.append(len(sequences))
+        self.entered.set()
+        assert self.gate.wait(30)
+        for sequence in sequences:
+            if len(sequence) in self.poison:
+                raise self.poison[len(sequence)]
+        return super().encode(sequences)
+
+
+class Local:
+    """A server in this process, on a real socket, with an engine that a test has in its hands."""
+
+    def __init__(self, service: Service, engine: TouchyEngine, url: str, loop: asyncio.AbstractEventLoop) -> None:
+        self.service, self.engine, self.url, self._loop = service, engine, url, loop
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Runs a function in the server's event loop."""
+        self._loop.call_soon_threadsafe(function)
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.service.metrics.registry.get_sample_value(f"fanin_{name}", labels) or 0.0
+
+
+Serving = Callable[..., AbstractContextManager[Local]]
