@@ -18,13 +18,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedModel
 
-from models.wordpiece import PAD, learn_wordpiece
+from models.wordpiece import PAD_ID, learn_wordpiece
 
 Pooling = Literal["cls", "mean", "last"]
 MAX_WIDTH = 65_536  # the head addresses its inputs with 16 bits
 _CONFIG, _WEIGHTS, _TOKENIZER, _SETTINGS = "config.json", "model.safetensors", "tokenizer.json", "encoder.json"
-# "sdpa" computes the same on every backend and exports to ONNX; the fused CPU kernels behind it train fastest.
-_ATTENTION = "sdpa"
 
 
 class EncoderError(ValueError):
@@ -73,11 +71,14 @@ class Encoder(nn.Module):
         positions = _positions(transformer)
         if positions is not None and config.max_length > positions:
             raise EncoderError(f"max_length is {config.max_length}, the model has {positions} positions")
+        rows, tokens = getattr(transformer.config, "vocab_size", None), tokenizer.get_vocab_size()
+        if rows is not None and tokens > rows:
+            raise EncoderError(f"the tokenizer has {tokens} tokens, the model embeds {rows}")
         special = tokenizer.num_special_tokens_to_add(is_pair=False)
         if config.max_length <= special:
             raise EncoderError(f"max_length is {config.max_length}, but {special} of them are special tokens")
         if getattr(transformer, "pooler", None) is not None:
-            transformer.pooler = None  # never used here: it would only be stored and exported
+            transformer.add_module("pooler", None)  # never used here: it would only be stored and exported
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.config = config
@@ -94,27 +95,25 @@ class Encoder(nn.Module):
     @classmethod
     def pretrained(cls, name_or_path: str | Path, config: EncoderConfig) -> Encoder:
         """A Hugging Face encoder by hub name or local folder, in fp32. It must have a fast tokenizer (tokenizer.json)."""
-        try:
-            transformer, report = AutoModel.from_pretrained(
-                name_or_path, dtype=torch.float32, attn_implementation=_ATTENTION, output_loading_info=True
-            )
-            fast = AutoTokenizer.from_pretrained(name_or_path)
-        except Exception as error:  # files, network and model code each raise their own types
-            raise EncoderError(f"{name_or_path}: cannot be loaded as a Hugging Face model: {_summary(error)}") from error
+        place = "this folder" if Path(name_or_path).is_dir() else "no such folder, and the Hugging Face hub"
+        with _blaming(f"{name_or_path}: {place} gives no model"):
+            transformer, report = AutoModel.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
         missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
         if missing:
             raise EncoderError(f"{name_or_path}: {len(missing)} weights are missing, {missing[0]} first")
         if transformer.config.is_encoder_decoder:
             raise EncoderError(f"{name_or_path}: is an encoder-decoder; a plain encoder is needed")
+        with _blaming(f"{name_or_path}: {place} gives no tokenizer"):
+            fast = AutoTokenizer.from_pretrained(name_or_path)
         backend = getattr(fast, "backend_tokenizer", None)
         if backend is None:
-            raise EncoderError(f"{name_or_path}: has no fast tokenizer")
+            raise EncoderError(f"{name_or_path}: has no fast tokenizer, only {type(fast).__name__}")
+        if not set(backend.get_vocab()).difference(fast.all_special_tokens):  # what transformers makes up when no file is there
+            raise EncoderError(f"{name_or_path}: {place} gives no tokenizer: its vocabulary is empty")
         transformer.config.use_cache = False
         pad_id = next((i for i in (fast.pad_token_id, transformer.config.pad_token_id) if i is not None), 0)
-        try:
+        with _blaming(name_or_path):
             return cls(transformer, Tokenizer.from_str(backend.to_str()), pad_id, config)
-        except EncoderError as error:
-            raise EncoderError(f"{name_or_path}: {error}") from None
 
     @classmethod
     def small(
@@ -141,7 +140,6 @@ class Encoder(nn.Module):
             tokenizer = learn_wordpiece(texts, vocabulary)
         except ValueError as error:
             raise EncoderError(str(error)) from None
-        pad_id = tokenizer.token_to_id(PAD)
         shape = BertConfig(
             vocab_size=tokenizer.get_vocab_size(),
             hidden_size=width,
@@ -150,12 +148,11 @@ class Encoder(nn.Module):
             intermediate_size=4 * width,
             max_position_embeddings=config.max_length,
             type_vocab_size=1,
-            pad_token_id=pad_id,
-            attn_implementation=_ATTENTION,
+            pad_token_id=PAD_ID,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(BertModel(shape, add_pooling_layer=False), tokenizer, pad_id, config)
+            return cls(BertModel(shape, add_pooling_layer=False), tokenizer, PAD_ID, config)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text with its special tokens, at most `config.max_length`, without padding."""
@@ -199,20 +196,22 @@ class Encoder(nn.Module):
     @classmethod
     def load(cls, folder: Path) -> Encoder:
         """The encoder that `save` wrote, bit for bit; EncoderError names the file that is missing or damaged."""
-        with _reading(folder / _SETTINGS) as path:
-            settings = json.loads(path.read_text(encoding="utf-8"))
+        for name in (_SETTINGS, _CONFIG, _TOKENIZER, _WEIGHTS):
+            if not (folder / name).is_file():
+                raise EncoderError(f"{folder / name}: missing")
+        with _blaming(folder / _SETTINGS):
+            settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
             config = EncoderConfig(**{field.name: settings[field.name] for field in fields(EncoderConfig)})
             pad_id = int(settings["pad_id"])
-        with _reading(folder / _TOKENIZER) as path:
-            tokenizer = Tokenizer.from_file(str(path))
+        with _blaming(folder / _TOKENIZER):
+            tokenizer = Tokenizer.from_file(str(folder / _TOKENIZER))
         with torch.random.fork_rng(devices=[]):  # weights drawn here are replaced at once
-            with _reading(folder / _CONFIG):
-                shape = AutoConfig.from_pretrained(folder)
-                transformer = AutoModel.from_config(shape, dtype=torch.float32, attn_implementation=_ATTENTION)
-            with _reading(folder / _SETTINGS):
+            with _blaming(folder / _CONFIG):
+                transformer = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+            with _blaming(folder):
                 encoder = cls(transformer, tokenizer, pad_id, config)
-        with _reading(folder / _WEIGHTS) as path:
-            load_model(encoder, path)
+        with _blaming(folder / _WEIGHTS):
+            load_model(encoder, folder / _WEIGHTS)
         return encoder
 
 
@@ -226,17 +225,12 @@ def _positions(transformer: PreTrainedModel) -> int | None:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[Path]:
-    """Turns any fault while `path` is read into an EncoderError that names it: each library has its own exception types."""
-    if not path.is_file():
-        raise EncoderError(f"{path}: missing")
+def _blaming(source: object) -> Iterator[None]:
+    """Turns any fault into an EncoderError that names `source`: files, network and model code each raise their own types."""
     try:
-        yield path
+        yield
+    except EncoderError as error:
+        raise EncoderError(f"{source}: {error}") from None
     except Exception as error:
-        raise EncoderError(f"{path}: {_summary(error)}") from error
-
-
-def _summary(error: Exception) -> str:
-    """The first line of an error's message, with its type where that alone says little (KeyError)."""
-    first = str(error).strip().partition("\n")[0]
-    return first if isinstance(error, EncoderError) else f"{type(error).__name__}: {first}"
+        message = " ".join(str(error).split())
+        raise EncoderError(f"{source}: {type(error).__name__}: {message}") from error

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
-from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import WordPiece
 
-PAD, UNK, CLS, SEP = SPECIAL = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
-_CHARACTERS = 1_000  # the rest of a text's characters are rare enough to be unknown
-# Names in code: splits parseJson and HTTPServer, leaves GPUs and NaN-like plurals of capitals whole.
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")  # ids 0 to 3
+PAD_ID = 0
+_CHARACTERS = 1_000  # the most frequent ones; a word with any other is unknown
+_ENOUGH = 50_000_000  # characters; more text would hardly change the vocabulary
+# Names in code: splits parseJson and HTTPServer, leaves GPUs whole.
 _CASE_CHANGE = r"(?<=\p{Ll})(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll}{2})"
 
 
@@ -24,29 +27,36 @@ def learn_wordpiece(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     """
     if vocabulary < 100:
         raise ValueError(f"vocabulary is {vocabulary}, must be at least 100")
-    tokenizer = _pipeline(Tokenizer(WordPiece(unk_token=UNK)))
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(tokenizer.normalizer.normalize_str(text))
-    by_frequency = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
-    characters = sorted(by_frequency[: min(_CHARACTERS, vocabulary // 4)])  # two tokens each: at most half of the vocabulary
+    texts = texts[:: 1 + sum(map(len, texts)) // _ENOUGH]
+    tokenizer = _pipeline(Tokenizer(WordPiece(unk_token="[UNK]")))
+    characters = _characters(texts, tokenizer.normalizer, min(_CHARACTERS, vocabulary // 4))  # two tokens each: at most half
     if not characters:
         raise ValueError("the texts to learn a vocabulary from are empty")
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocabulary,
         min_frequency=2,
         limit_alphabet=0,  # only the characters chosen here
-        special_tokens=[*SPECIAL, *characters, *(f"##{c}" for c in characters)],
+        special_tokens=[*_SPECIAL, *characters, *(f"##{c}" for c in characters)],
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer, length=len(texts))
     # The trainer declares its whole start vocabulary special; a new tokenizer takes the vocabulary alone.
-    learned = _pipeline(Tokenizer(WordPiece(tokenizer.get_vocab(), unk_token=UNK)))
-    learned.add_special_tokens(list(SPECIAL))
-    ends = [(token, learned.token_to_id(token)) for token in (CLS, SEP)]
-    learned.post_processor = processors.TemplateProcessing(single=f"{CLS} $A {SEP}", special_tokens=ends)
-    learned.decoder = decoders.WordPiece()
+    learned = _pipeline(Tokenizer(WordPiece(tokenizer.get_vocab(), unk_token="[UNK]")))
+    learned.add_special_tokens(list(_SPECIAL))
+    learned.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     return learned
+
+
+def _characters(texts: Sequence[str], normalizer: normalizers.Normalizer, limit: int) -> list[str]:
+    """The `limit` most frequent characters of the normalized texts, in code order."""
+    written: Counter[str] = Counter()
+    for text in texts:
+        written.update(unicodedata.normalize("NFC", text))
+    counts: Counter[str] = Counter()
+    for character, count in written.items():  # normalizing each character once is much quicker than all of the text
+        for c in normalizer.normalize_str(character).strip():
+            counts[c] += count
+    return sorted(sorted(counts, key=lambda c: (-counts[c], c))[:limit])
 
 
 def _pipeline(tokenizer: Tokenizer) -> Tokenizer:
