@@ -1,0 +1,136 @@
+"""`python -m serve` as a process: start, end, exit status, and what it keeps out of memory."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.serve.harness import ROOT, TEXTS, Process
+
+
+def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "serve", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_the_serving_process_imports_no_torch(bundle_path: Path) -> None:
+    code = f"""
+import sys
+import serve.__main__, serve.predict
+from pathlib import Path
+from serve.engine import Engine
+engine = Engine.open(Path({str(bundle_path)!r}), threads=1)
+engine.topk(engine.encode([engine.new_tokenizer()(["a text"])[0].ids]), 3)
+print(sorted(name for name in ("torch", "transformers", "onnx", "train") if name in sys.modules))
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.stdout, result.stderr) == ("[]\n", "")
+
+
+def test_it_says_what_it_serves_and_where(server: Process) -> None:
+    assert server.greeting.startswith("topics: 500 labels at http://127.0.0.1:")
+    assert int(server.url.rsplit(":", 1)[1]) > 0
+
+
+def test_sigterm_under_load_loses_no_accepted_request(bundle_path: Path) -> None:
+    process = Process(bundle_path, "--max-batch-inputs", "1")  # keeps the engine busy
+    ready, gone = [], threading.Event()
+    answers: list[httpx.Response] = []
+
+    def load() -> None:
+        with httpx.Client(base_url=process.url, timeout=30) as client:
+            while not gone.is_set():
+                answers.append(client.post("/predict", json={"inputs": TEXTS * 20}))
+                if answers[-1].status_code != 200:
+                    return
+
+    def watch() -> None:
+        with httpx.Client(base_url=process.url, timeout=30) as client:
+            while not gone.is_set():
+                try:
+                    ready.append(client.get("/readyz").status_code)
+                except httpx.TransportError:
+                    return
+
+    threads = [threading.Thread(target=load) for _ in range(4)] + [threading.Thread(target=watch)]
+    for thread in threads:
+        thread.start()
+    while len(answers) < 8:
+        gone.wait(0.01)
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.end() == (0, "")
+    gone.set()
+    for thread in threads:
+        thread.join(30)
+    statuses = [answer.status_code for answer in answers]
+    assert set(statuses) <= {200, 503}
+    assert all(len(answer.json()["predictions"]) == len(TEXTS) * 20 for answer in answers if answer.status_code == 200)
+    assert 200 in ready
+
+
+def test_ctrl_c_ends_it_cleanly(bundle_path: Path) -> None:
+    process = Process(bundle_path)
+    process.popen.send_signal(signal.SIGINT)
+    _, errors = process.popen.communicate(timeout=30)
+    assert (process.popen.returncode, errors) == (0, "")
+
+
+@pytest.mark.parametrize("file", ["encoder.onnx", "tokenizer.json", "head/1.values.npy", "labels/names.bin", "manifest.json"])
+def test_a_damaged_bundle_is_refused_by_file(bundle_path: Path, tmp_path: Path, file: str) -> None:
+    damaged = tmp_path / "bundle"
+    shutil.copytree(bundle_path, damaged)
+    content = bytearray((damaged / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / file).write_bytes(content)
+    result = serve(str(damaged), "--port", "0")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert file in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_bundle_that_is_none_is_refused(tmp_path: Path) -> None:
+    result = serve(str(tmp_path / "absent"), "--port", "0")
+    assert result.returncode == 2
+    assert "absent" in result.stderr
+
+
+def test_a_taken_port_is_an_error(bundle_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = serve(str(bundle_path), "--port", str(port))
+    assert result.returncode == 2
+    assert f"127.0.0.1 port {port}" in result.stderr
+
+
+@pytest.mark.parametrize("flags", [["--port", "70000"], ["--threads", "0"], ["--max-inputs", "some"], ["--unknown", "1"]])
+def test_a_wrong_setting_is_an_error_that_names_the_flag(bundle_path: Path, flags: list[str]) -> None:
+    result = serve(str(bundle_path), *flags)
+    assert result.returncode == 2
+    assert flags[0] in result.stderr
+
+
+def test_help_lists_every_setting_with_its_default() -> None:
+    text = serve("--help").stdout
+    for word in ("BUNDLE", "--port", "--max-queue-tokens", "--max-batch-tokens", "--drain-timeout", "(default: 8000)", "curl"):
+        assert word in text
+
+
+def test_limits_from_the_command_line_hold(bundle_path: Path) -> None:
+    process = Process(bundle_path, "--max-inputs", "2", "--max-top-k", "5", "--max-body-bytes", "200")
+    with httpx.Client(base_url=process.url, timeout=30) as client:
+        assert client.get("/info").json()["limits"]["max_top_k"] == 5
+        assert client.post("/predict", json={"inputs": ["a", "b"], "top_k": 5}).status_code == 200
+        assert client.post("/predict", json={"inputs": ["a", "b", "c"], "top_k": 5}).status_code == 422
+        assert client.post("/predict", json={"inputs": "a", "top_k": 6}).status_code == 422
+        assert client.post("/predict", json={"inputs": "a" * 200}).status_code == 413
+    assert process.end() == (0, "")
