@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def label_names(count: int, seed: int) -> Iterator[str]:
-    """Made-up names of 3 to 8 words, about 40 characters, as product titles or article names have."""
+    """Made-up names of 3 to 8 words, about 30 characters, as product titles or article names have."""
     rng = np.random.default_rng(seed)
     words = np.array(_words(30_000, rng), dtype=object)
     for start in range(0, count, _CHUNK):
@@ -81,8 +81,10 @@ def _encoder(name: str, max_length: int, seed: int) -> Encoder:
 
 
 def _words(count: int, rng: np.random.Generator) -> list[str]:
+    """Made-up words of 1 to 4 syllables."""
     syllables = np.array([consonant + vowel for consonant in "bcdfghjklmnpqrstvwz" for vowel in "aeiou"], dtype=object)
-    return ["".join(rng.choice(syllables, size)) for size in rng.integers(1, 4, count, endpoint=True)]
+    drawn = syllables[rng.integers(0, len(syllables), (count, 4))]
+    return ["".join(word[:size]) for word, size in zip(drawn, rng.integers(1, 4, count, endpoint=True), strict=True)]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from export.bundle import Bundle, BundleError, check_target, write_bundle
-from export.convert import DTYPES, convert_values
-from export.encoder import export_encoder, export_tokenizer
-from export.parity import ParityError, prove
-from export.run import Run, RunError, load_model
-from models.encoder import EncoderError
-from models.head import HeadError
-from models.kernels import cpu
-
-_INPUT_ERRORS = (RunError, BundleError, EncoderError, HeadError, OSError)
+from export.convert import DTYPES
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code, which --help explains."""
     given = _parser().parse_args(argv)
+    from export.pack import INPUT_ERRORS, ParityError, pack  # torch takes seconds to load; --help should not
+
     try:
-        check_target(given.out, given.force)
-        _export(given)
-    except _INPUT_ERRORS as error:
+        manifest = pack(
+            given.run, given.out, checkpoint=given.checkpoint, name=given.name, head_dtype=given.head_dtype, force=given.force
+        )
+    except INPUT_ERRORS as error:
         return _fail(str(error), 2)
     except ParityError as error:
         return _fail(f"the bundle does not answer as the checkpoint does, and is not kept: {error}", 1)
     except KeyboardInterrupt:
         return _fail("stopped; nothing was written", 130)
+    print(f"{given.out}: {manifest.summary()}")
     return 0
 
 
@@ -52,40 +43,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--head-dtype", choices=DTYPES, help="round the head's values to this format (default: as trained)")
     parser.add_argument("--force", action="store_true", help="replace BUNDLE if it is a bundle")
     return parser
-
-
-def _export(given: argparse.Namespace) -> None:
-    torch.set_num_threads(cpu.threads())
-    run = Run(given.run)
-    checkpoint = run.checkpoint(given.checkpoint)
-    heldout, metrics = run.heldout(), run.metrics(checkpoint)
-    print(f"reading {checkpoint}")
-    encoder, head = load_model(checkpoint)
-    packed = convert_values(head, given.head_dtype) if given.head_dtype else head
-
-    def write_encoder(path: Path) -> None:
-        print("exporting the encoder to ONNX")
-        export_encoder(encoder, path)
-
-    def proof(bundle: Bundle) -> dict[str, Any]:
-        print(f"comparing bundle and checkpoint on {len(heldout)} held-out texts")
-        parity = prove(bundle, encoder=encoder, trained=head, packed=packed, labels=run.labels(), heldout=heldout)
-        print("\n" + parity.table() + "\n")
-        return asdict(parity)
-
-    manifest = write_bundle(
-        given.out,
-        name=given.name or given.out.resolve().name,
-        head=packed,
-        labels=run.labels(),
-        tokenizer=export_tokenizer(encoder),
-        max_length=encoder.config.max_length,
-        write_encoder=write_encoder,
-        metrics=metrics,
-        prove=proof,
-        force=given.force,
-    )
-    print(f"{given.out}: {manifest.summary()}")
 
 
 def _fail(message: str, code: int) -> int:

@@ -104,6 +104,8 @@ def write_bundle(
     BundleError, HeadError, OSError, and whatever `write_encoder` and `prove` raise.
     """
     with _new_folder(path, force) as folder:
+        if not head.n_labels:
+            raise BundleError(f"{path}: the head has no labels")
         head.validate()
         layouts = _write_head(folder, head)
         (folder / "labels").mkdir()

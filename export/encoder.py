@@ -26,7 +26,8 @@ _MAX_INLINE = 1_800_000_000  # bytes; protobuf ends at 2 GiB, so larger weights 
 def export_encoder(encoder: Encoder, path: Path) -> None:
     """Writes `path`, and `path`.data beside it when the weights are too large for one file; EncoderError.
 
-    Plain "eager" attention is exported: ONNX Runtime fuses it into fewer operators than torch's composite one.
+    Plain "eager" attention is exported: torch's fused one does not decompose for every architecture (T5), and is no faster in
+    ONNX Runtime.
     """
     # Sizes of 1 would be taken for constants; the mask has padding because a mask of ones may be dropped.
     length = max(2, min(8, encoder.config.max_length))
@@ -50,8 +51,8 @@ def export_encoder(encoder: Encoder, path: Path) -> None:
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            kind = encoder.transformer.config.model_type
-            raise EncoderError(f"an encoder of type {kind} cannot be exported to ONNX: {error}") from error
+            kind, reason = encoder.transformer.config.model_type, str(error.__cause__ or error).partition("\n")[0]
+            raise EncoderError(f"an encoder of type {kind} cannot be exported to ONNX: {reason}") from error
         assert program is not None  # None only without dynamo
         # An inner value may have the output's name, and the metadata holds stack traces of this machine.
         Sequential(NameFixPass(), ClearMetadataAndDocStringPass())(program.model)

@@ -170,8 +170,9 @@ def _difference(what: str, before: np.ndarray, after: np.ndarray) -> tuple[float
     """(scale, difference): the largest absolute number of `before` and of the difference; ParityError above TOLERANCE."""
     if before.shape != after.shape:
         raise ParityError(f"{what} have shape {list(before.shape)} in the checkpoint and {list(after.shape)} in the bundle")
-    scale, difference = float(np.abs(before).max()), float(np.abs(before - after).max())
-    if not difference <= TOLERANCE * scale:  # NaN fails too
+    with np.errstate(invalid="ignore"):
+        scale, difference = float(np.abs(before).max()), float(np.abs(before - after).max())
+    if not difference <= TOLERANCE * scale:  # NaN and ∞ − ∞ fail too
         raise ParityError(f"{what} differ by {difference:.3g} where the largest is {scale:.3g}")
     return scale, difference
 
