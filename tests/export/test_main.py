@@ -169,7 +169,7 @@ def append(name: str, line: str) -> Callable[[Path], object]:
         (narrower_head, "step-00000020: the encoder gives 48 numbers, the head takes 32"),
         (lambda run: (run / "heldout.jsonl").unlink(), "heldout.jsonl: missing"),
         (lambda run: (run / "heldout.jsonl").write_text(""), "heldout.jsonl: holds no text to compare the bundle on"),
-        (append("heldout.jsonl", '{"text": 3, "labels": []}\n'), 'heldout.jsonl:27: not a line that train writes: "text" is not'),
+        (append("heldout.jsonl", '{"text": 3, "labels": []}\n'), 'heldout.jsonl:27: not a line that train writes: "text"'),
         (append("heldout.jsonl", '{"text": "x"}\n'), "heldout.jsonl:27: not a line that train writes: 'labels'"),
         (append("heldout.jsonl", "[]\n"), "heldout.jsonl:27: not a line that train writes"),
         (lambda run: (run / "labels.jsonl").unlink(), "labels.jsonl: missing"),
