@@ -15,6 +15,7 @@ from models.kernels.step import Loss, Moments, Optimizer, Positives, rounding_ke
 __all__ = [
     "Loss", "Moments", "Optimizer", "Positives", "grad_input", "grad_values", "rounding_key", "scores", "topk", "train_step",
 ]  # fmt: skip
+_MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2}  # how many each optimizer keeps
 
 
 def topk(x: np.ndarray, head: Head, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -55,14 +56,18 @@ def train_step(
         raise ValueError(f"a block with {block.dtype} values cannot be trained; use fp32 or bf16")
     if loss not in ("bce", "squared_hinge"):
         raise ValueError(f"loss is {loss!r}, must be 'bce' or 'squared_hinge'")
-    expected = {"sgd": 0, "momentum": 1, "adam": 2}[optimizer.kind]
-    if len(moments.values) != expected or any(m.shape != block.values.shape for m in moments.values):
-        raise ValueError(f"moments do not fit the block and optimizer {optimizer.kind!r}")
+    if optimizer.kind not in _MOMENTS:
+        raise ValueError(f"optimizer is {optimizer.kind!r}, must be one of {', '.join(_MOMENTS)}")
+    for name, arrays in (("values", moments.values), ("bias", moments.bias)):
+        shape = getattr(block, name).shape
+        if len(arrays) != _MOMENTS[optimizer.kind] or any(m.shape != shape or m.dtype != np.float32 for m in arrays):
+            raise ValueError(f"moments of {name} do not fit the block and optimizer {optimizer.kind!r}")
+    for array in (block.values, block.bias, *moments.values, *moments.bias):
+        if not (array.flags.writeable and array.flags.c_contiguous):
+            raise ValueError("values, bias and moments change in place: they must be writable and contiguous")
     if step < 1:
         raise ValueError(f"step is {step}, must count from 1")
-    slots, rows = positives.slots, positives.rows
-    if len(slots) != len(rows) or (len(slots) and not _within(slots, block.bias.size) & _within(rows, len(x))):
-        raise ValueError("positives do not fit the block and batch")
+    _check_positives(positives, block, len(x))
     return cpu.train_step(x, positives, block, moments, loss=loss, optimizer=optimizer, step=step, key=key)
 
 
@@ -73,6 +78,8 @@ def grad_input(grad: np.ndarray, block: Block) -> np.ndarray:
 
 def grad_values(x: np.ndarray, grad: np.ndarray, block: Block) -> np.ndarray:
     """∂/∂values fp32 [N, K, G] from x fp32 [B, D] and the gradient of the scores, fp32 [B, N, G]."""
+    if len(grad) != len(x):
+        raise ValueError(f"grad has {len(grad)} rows, x has {len(x)}")
     return cpu.grad_values(_input(x, block.width), _gradient(grad, block), block)
 
 
@@ -90,6 +97,16 @@ def _gradient(grad: np.ndarray, block: Block) -> np.ndarray:
             f"grad is {grad.dtype} {list(grad.shape)}, expected float32 [B, {', '.join(map(str, block.bias.shape))}]"
         )
     return np.ascontiguousarray(grad)
+
+
+def _check_positives(positives: Positives, block: Block, rows: int) -> None:
+    slot, row = positives.slots, positives.rows
+    if len(slot) != len(row) or (len(slot) and not (_within(slot, block.bias.size) and _within(row, rows))):
+        raise ValueError("positives do not fit the block and batch")
+    if not ((slot[1:] > slot[:-1]) | ((slot[1:] == slot[:-1]) & (row[1:] > row[:-1]))).all():
+        raise ValueError("positives are not distinct and in order of slot, then row")
+    if (block.label_ids.reshape(-1)[slot] < 0).any():
+        raise ValueError("positives name a padding slot")
 
 
 def _within(array: np.ndarray, stop: int) -> bool:

@@ -18,7 +18,7 @@ _MASK = (1 << 64) - 1
 class Positives:
     """The (slot, row) pairs of a batch that are positive in one block.
 
-    slots int64 [P] ascending, a slot being n · G + g; rows int32 [P], positions in the batch. Pairs are distinct.
+    slots int64 [P], a slot being n · G + g; rows int32 [P], positions in the batch. Distinct, in order of slot, then row.
     """
 
     slots: np.ndarray
