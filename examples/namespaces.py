@@ -140,8 +140,9 @@ def _parse(file: tuple[str, str]) -> _Source | None:
             _define(source, node.name, node)
         elif isinstance(node, ast.Assign | ast.AugAssign | ast.Expr) and _changes_all(node):
             exports.append(node.value)
-    if exports and all(isinstance(value, ast.List | ast.Tuple) for value in exports):
-        source.public = {item.value for value in exports for item in value.elts if isinstance(item, ast.Constant)}
+    lists = [value.elts for value in exports if isinstance(value, ast.List | ast.Tuple)]
+    if exports and len(lists) == len(exports):
+        source.public = {str(item.value) for items in lists for item in items if isinstance(item, ast.Constant)}
     return source
 
 

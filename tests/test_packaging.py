@@ -1,0 +1,61 @@
+"""What an installation and the container image are made from fits together."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+OTHER_MACHINE = {"onnxruntime-gpu", "triton"}  # the Makefile and the Dockerfile do not install them
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def requirements() -> list[Requirement]:
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    listed = (
+        PROJECT["build-system"]["requires"] + PROJECT["project"]["dependencies"] + [line for extra in extras for line in extra]
+    )
+    return [Requirement(line) for line in listed if not line.startswith("fanin[")]
+
+
+@pytest.mark.parametrize("requirement", [r for r in requirements() if r.name not in OTHER_MACHINE], ids=str)
+def test_the_pinned_version_is_one_that_the_project_accepts(requirement: Requirement) -> None:
+    assert requirement.specifier.contains(pins()[requirement.name])
+
+
+def test_pins_are_exact_and_sorted() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", line) for line in lines)
+    assert len(pins()) == len(lines)
+
+
+def copied_into_the_image() -> list[str]:
+    lines = re.findall(r"^COPY (?!--from)(.+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    return sorted({source for line in lines for source in line.split()[:-1]})
+
+
+@pytest.mark.parametrize("source", copied_into_the_image())
+def test_what_the_image_copies_exists_and_reaches_the_build(source: str) -> None:
+    assert (ROOT / source).exists()
+    patterns = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    ignored = False
+    for pattern in patterns:  # the last match decides
+        if fnmatch(source, pattern.removeprefix("!")):
+            ignored = not pattern.startswith("!")
+    assert not ignored
+
+
+def test_the_image_is_built_from_all_that_the_wheel_needs() -> None:
+    copied = set(copied_into_the_image())
+    assert set(PROJECT["tool"]["scikit-build"]["wheel"]["packages"]) <= copied
+    assert {"pyproject.toml", "CMakeLists.txt", PROJECT["project"]["readme"], "LICENSE", "constraints.txt"} <= copied
