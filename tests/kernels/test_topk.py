@@ -233,3 +233,18 @@ def test_more_labels_than_threads_can_share_evenly(level: str) -> None:
     for count in (1, 2, 3, 5, 100):
         cpu.set_threads(count)
         np.testing.assert_array_equal(assert_exact(x, head, 50)[1], expected)
+
+
+@each_level
+@pytest.mark.parametrize("B", [1, 9])
+def test_a_block_without_labels_takes_no_part(B: int, level: str) -> None:
+    shape = Shape(B, 40, 100, 6, 16)
+    block, x = random_block(shape, "shared", "fp32"), random_input(shape)
+    empty = random_block(replace(shape, L=0), "private", "fp32")
+    assert kernels.scores(x, empty).shape == (B, 0, 16)
+    for ours, theirs in zip(
+        kernels.topk(x, head_of(empty, block, empty), 10), kernels.topk(x, head_of(block), 10), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    for k in (1, 10):
+        assert kernels.topk(x, head_of(empty), k)[1].shape == (B, 0)
