@@ -113,7 +113,7 @@ async def predict(body: schema.PredictRequest, request: Request) -> Response:
     began = time.perf_counter()
     content = _render(answer, body, service, request.state.id)
     ended = time.perf_counter()
-    metrics.stage("serialize").observe(ended - began)
+    metrics.stage["serialize"].observe(ended - began)
     parts = {
         "tokenize": answer.tokenize_s,
         "queue": answer.queue_s,

@@ -46,7 +46,7 @@ class Metrics:
             "Predictions given up by the stage they were in: the client left, the deadline passed.",
             ["stage"],
         )
-        self._stages = histogram("stage_duration_seconds", "Time in a stage, per request or per batch.", _STAGE_S, ["stage"])
+        stage_duration = histogram("stage_duration_seconds", "Time in a stage, per request or per batch.", _STAGE_S, ["stage"])
         self.queue_inputs = gauge("queue_inputs", "Texts waiting for a batch.")
         self.queue_tokens = gauge("queue_tokens", "Tokens waiting for a batch.")
         self.queue_oldest_age = gauge("queue_oldest_age_seconds", "How long the oldest waiting text has waited.")
@@ -63,13 +63,10 @@ class Metrics:
         self.model = Info("fanin_model", "The model that is served.", registry=self.registry)
         Info("fanin_build", "The program that serves.", registry=self.registry).info(versions())
         self.registry.register(_HostMemory())
-        for stage in ("tokenize", "queue", "encoder", "head", "serialize"):
-            self.stage(stage)
+        stages = ("tokenize", "queue", "encoder", "head", "serialize")
+        self.stage = {name: stage_duration.labels(name) for name in stages}
         for reason in ("queue_full", "loading", "draining", "deadline"):
             self.rejected.labels(reason)
-
-    def stage(self, name: str) -> Histogram:
-        return self._stages.labels(name)
 
     def observe_batch(self, lengths: Sequence[int], padded: int) -> None:
         """Books a batch of texts of `lengths` tokens, each padded to `padded`."""

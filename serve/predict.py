@@ -30,7 +30,7 @@ Files whose names end in .gz are compressed. The output appears when it is compl
 command with the line's number and status 2, and without output.
 """
 _WINDOW = 4096  # lines that are sorted by length together
-_BATCH_INPUTS, _BATCH_TOKENS = 64, 4096
+_BATCH_INPUTS, _BATCH_TOKENS = 32, 2048  # larger ones are no faster
 
 
 class InputError(ValueError):

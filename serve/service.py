@@ -19,14 +19,11 @@ from serve.engine import Engine
 from serve.metrics import Metrics
 from serve.scheduler import DeadlineExceeded, Job, Scheduler
 from serve.settings import Settings
-from serve.tokens import Tokens
+from serve.tokens import SHORT_CHARS, Tokens
 from serve.worker import Worker
 
 State = Literal["loading", "ready", "draining"]
 ClientLeaves = Callable[[], Coroutine[Any, Any, None]]
-# Tokenizing takes under 1 µs per character. Up to a millisecond of it is cheaper here than the way to another thread and
-# back; longer texts go there, so that they never hold up the event loop.
-_INLINE_CHARS = 1000
 
 
 class NotReady(Exception):
@@ -195,11 +192,11 @@ class _Backend:
             watch.cancel()
             self._scheduler.cancel(job)  # if it is not over
         queue_s = job.finished_at - job.admitted_at - job.encoder_s - job.head_s
-        self._metrics.stage("queue").observe(queue_s)
+        self._metrics.stage["queue"].observe(queue_s)
         return Answer(tokens, [item.result for item in job.items], tokenize_s, queue_s, job.encoder_s, job.head_s)
 
     async def _tokenize(self, texts: Sequence[str]) -> list[Tokens]:
-        if sum(map(len, texts)) <= _INLINE_CHARS:
+        if sum(map(len, texts)) <= SHORT_CHARS:  # longer ones would hold up the event loop
             return self._tokenize_here(texts)
         return await self._loop.run_in_executor(self._tokenizing, self._tokenize_there, texts)
 
@@ -208,7 +205,7 @@ class _Backend:
             self._loop.call_soon_threadsafe(_resolve, jobs)
 
     def _observe(self, tokens: Sequence[Tokens], tokenize_s: float) -> None:
-        self._metrics.stage("tokenize").observe(tokenize_s)
+        self._metrics.stage["tokenize"].observe(tokenize_s)
         self._metrics.inputs.inc(len(tokens))
         for text in tokens:
             self._metrics.input_tokens.observe(len(text.ids))

@@ -51,9 +51,9 @@ class Settings:
     threads: int | None = _setting(
         "engine", None, "threads of the encoder and the head (default: the cores this process may use)", _at_least(1)
     )
-    max_batch_inputs: int = _setting("engine", 64, "texts in one batch, at most", _at_least(1))
+    max_batch_inputs: int = _setting("engine", 32, "texts in one batch, at most", _at_least(1))
     max_batch_tokens: int = _setting(
-        "engine", 2048, "tokens in one batch, padding included, at most; a single longer text still goes alone", _at_least(1)
+        "engine", 1024, "tokens in one batch, padding included, at most; a single longer text still goes alone", _at_least(1)
     )
     hang_timeout_s: int = _setting("engine", 60, "seconds in one batch after which /livez fails", _at_least(1), "S")
 

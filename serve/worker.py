@@ -87,7 +87,7 @@ class Worker:
         x = self._engine.encode([item.payload for item in batch])
         encoded = time.perf_counter()
         wanted = self._scheduler.still_wanted(batch, "head")
-        self._metrics.stage("encoder").observe(encoded - started)
+        self._metrics.stage["encoder"].observe(encoded - started)
         if not wanted:
             return
         if len(wanted) < len(batch):
@@ -98,4 +98,4 @@ class Worker:
         ended = time.perf_counter()
         self._scheduler.spent(wanted, encoded - started, ended - began)
         self._scheduler.complete(wanted, ((labels[i, : item.job.k], scores[i, : item.job.k]) for i, item in enumerate(wanted)))
-        self._metrics.stage("head").observe(ended - began)
+        self._metrics.stage["head"].observe(ended - began)

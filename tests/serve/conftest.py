@@ -18,6 +18,7 @@ from export.bundle import open_bundle, write_bundle
 from export.encoder import export_encoder, export_tokenizer
 from models.encoder import Encoder, EncoderConfig
 from models.head import Block, Head
+from models.kernels import cpu
 from serve.app import create_app
 from serve.engine import Engine
 from serve.metrics import Metrics
@@ -53,7 +54,18 @@ def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def engine(bundle_path: Path) -> Engine:
-    return Engine(open_bundle(bundle_path), threads=1)
+    before = cpu.threads()
+    engine = Engine(open_bundle(bundle_path), threads=1)
+    cpu.set_threads(before)
+    return engine
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """An engine sets the head's threads for the whole process."""
+    before = cpu.threads()
+    yield
+    cpu.set_threads(before)
 
 
 @pytest.fixture(scope="session")
