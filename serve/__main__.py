@@ -35,7 +35,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second ends at once. Without a call of uvicorn's own, the exit status stays 0."""
-        if self._service.state == "draining":
+        if self._service.status == "draining":
             self.should_exit = self.force_exit = True
         else:
             asyncio.get_running_loop().call_soon_threadsafe(lambda: self._tasks.append(asyncio.create_task(self._drain())))
@@ -53,7 +53,8 @@ class _Server(uvicorn.Server):
             return
         gc.freeze()  # what is loaded stays: a full collection need not walk through it
         manifest = self._service.engine.bundle.manifest
-        print(f"{manifest.name}: {manifest.labels:,} labels at {self._address}", flush=True)
+        if self._service.status == "ready":
+            print(f"{manifest.name}: {manifest.labels:,} labels at {self._address}", flush=True)
 
     async def _drain(self) -> None:
         await self._service.drain()

@@ -10,7 +10,6 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -18,7 +17,6 @@ from starlette.types import Receive
 
 from serve import problems, schema
 from serve.answers import prediction
-from serve.engine import Engine
 from serve.gateway import Gateway
 from serve.labels import find, search
 from serve.metrics import versions
@@ -42,6 +40,7 @@ def create_app(service: Service) -> Gateway:
     app.state.service = service
     app.include_router(_router)
     problems.install(app)
+    app.add_exception_handler(NotReady, _on_not_ready)
     return Gateway(app, service.metrics, service.settings.max_body_bytes)
 
 
@@ -96,14 +95,10 @@ async def predict(body: schema.PredictRequest, request: Request) -> Response:
             client_left=lambda: _disconnected(request.receive),
         )
     except TooLong as error:
-        limit = service.engine.max_length
-        raise invalid(*((f"/inputs/{i}", f"is longer than {limit} tokens") for i in error.positions)) from None
+        raise invalid(*((f"/inputs/{i}", f"is longer than {error.max_length} tokens") for i in error.positions)) from None
     except QueueFull as error:
-        metrics.rejected.labels("queue_full").inc()
+        metrics.rejected.labels("queue-full").inc()
         raise _try_again(429, "queue-full", "the queue is full", error.retry_after_s) from None
-    except NotReady as error:
-        metrics.rejected.labels(error.state).inc()
-        raise _try_again(503, error.state, str(error)) from None
     except DeadlineExceeded:
         raise Problem(504, "deadline-exceeded", "the time given ran out before the answer was ready") from None
     except Closed as error:
@@ -111,7 +106,7 @@ async def predict(body: schema.PredictRequest, request: Request) -> Response:
     except ClientLeft:
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
     began = time.perf_counter()
-    content = _render(answer, body, service, request.state.id)
+    content = _render(answer, body, request.state.id)
     ended = time.perf_counter()
     metrics.stage["serialize"].observe(ended - began)
     parts = {
@@ -129,10 +124,9 @@ async def predict(body: schema.PredictRequest, request: Request) -> Response:
 @_router.get("/readyz", summary="Whether texts are predicted", response_model=schema.Status, responses=responses(s503=_UNREADY))
 async def ready(request: Request) -> Any:
     service: Service = request.app.state.service
-    if service.ready:
-        return {"status": "ready"}
-    state = service.state if service.state != "ready" else "engine-stopped"
-    raise _try_again(503, state, f"the server is {service.state}" if service.state != "ready" else "the engine stopped")
+    if service.status != "ready":
+        raise NotReady(service.status)
+    return {"status": "ready"}
 
 
 @_router.get(
@@ -150,7 +144,7 @@ async def live(request: Request) -> Any:
 @_router.get("/info", summary="Model and limits", response_model=schema.Info, responses=responses(s503=_UNREADY))
 async def info(request: Request) -> Any:
     service: Service = request.app.state.service
-    engine, settings = _engine(service), service.settings
+    engine, settings = service.engine, service.settings
     manifest = engine.bundle.manifest
     return {
         "model": manifest.name,
@@ -162,13 +156,13 @@ async def info(request: Request) -> Any:
             {
                 "connectivity": block.connectivity,
                 "dtype": block.dtype,
-                "labels": int(np.count_nonzero(block.label_ids >= 0)),
                 "fan_in": block.fan_in,
+                "groups": block.groups,
                 "group_size": block.group_size,
             }
-            for block in engine.bundle.head.blocks
+            for block in manifest.blocks
         ],
-        "bytes": engine.bundle.manifest.component_nbytes,
+        "bytes": manifest.component_nbytes,
         "threads": engine.threads,
         "limits": {
             "max_length": engine.max_length,
@@ -197,7 +191,7 @@ async def labels(
     ] = None,
     limit: Annotated[int, Query(ge=1, le=1000, description="Labels to give for a query.")] = 20,
 ) -> Any:
-    table = _engine(request.app.state.service).bundle.labels
+    table = request.app.state.service.engine.bundle.labels
     if query is not None and ids is None:
         found = await asyncio.to_thread(search, table.names, query, limit)
     elif ids is not None and query is None:
@@ -221,11 +215,9 @@ async def page() -> Response:
     return Response(_PAGE, media_type="text/html", headers={"Content-Security-Policy": _PAGE_POLICY})
 
 
-def _engine(service: Service) -> Engine:
-    try:
-        return service.engine
-    except NotReady as error:
-        raise _try_again(503, error.state, str(error)) from None
+async def _on_not_ready(request: Request, error: Exception) -> Response:
+    assert isinstance(error, NotReady)
+    return _try_again(503, error.status, str(error)).response(request.state.id)
 
 
 def _try_again(status: int, kind: str, detail: str, after_s: float = 1) -> Problem:
@@ -237,19 +229,19 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def _render(answer: Answer, body: schema.PredictRequest, service: Service, request_id: str) -> bytes:
+def _render(answer: Answer, body: schema.PredictRequest, request_id: str) -> bytes:
     """The JSON of a schema.PredictResponse, written without building one: this runs for every request."""
-    engine = service.engine
+    bundle = answer.engine.bundle
     response = {
         "id": request_id,
-        "model": engine.bundle.manifest.name,
-        "model_version": engine.version,
+        "model": bundle.manifest.name,
+        "model_version": answer.engine.version,
         "predictions": [
             prediction(
                 tokens,
                 labels,
                 logits,
-                engine.bundle.labels,
+                bundle.labels,
                 scores=body.scores,
                 min_score=body.min_score,
                 names=body.return_names,

@@ -15,8 +15,6 @@ from serve.metrics import Metrics
 
 _log = logging.getLogger("fanin.serve")
 _FIT_FOR_ID = re.compile(rb"[\w.:/+=@-]{1,128}", re.ASCII)  # what may go into headers and logs as it is
-
-
 _process, _numbers = token_hex(8), count(1)
 
 
@@ -59,8 +57,7 @@ class _Exchange:
         self.began = time.perf_counter()
         self.code: int | None = None
         self._receive, self._send = receive, send
-        self._room = max_body_bytes
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes = self._room = max_body_bytes
         self._announced = int(headers.get(b"content-length", 0))
         scope.setdefault("state", {}).update(id=self.id, began=self.began)
 

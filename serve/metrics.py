@@ -65,8 +65,10 @@ class Metrics:
         self.registry.register(_HostMemory())
         stages = ("tokenize", "queue", "encoder", "head", "serialize")
         self.stage = {name: stage_duration.labels(name) for name in stages}
-        for reason in ("queue_full", "loading", "draining", "deadline"):
+        for reason in ("queue-full", "loading", "draining", "engine-stopped"):
             self.rejected.labels(reason)
+        for stage in ("tokenize", "queue", "encoder", "head"):
+            self.cancelled.labels(stage)
 
     def observe_batch(self, lengths: Sequence[int], padded: int) -> None:
         """Books a batch of texts of `lengths` tokens, each padded to `padded`."""

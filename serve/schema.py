@@ -89,12 +89,12 @@ class Status(BaseModel):
 
 
 class BlockInfo(BaseModel):
-    """Labels of one connectivity: each is scored from fan_in of the width values of an embedding."""
+    """Labels of one connectivity, in groups. Each is scored from fan_in of the width values of an embedding."""
 
     connectivity: str
     dtype: str
-    labels: int
     fan_in: int
+    groups: int
     group_size: int
 
 

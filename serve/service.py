@@ -22,16 +22,16 @@ from serve.settings import Settings
 from serve.tokens import SHORT_CHARS, Tokens
 from serve.worker import Worker
 
-State = Literal["loading", "ready", "draining"]
+Status = Literal["loading", "ready", "draining", "engine-stopped"]
 ClientLeaves = Callable[[], Coroutine[Any, Any, None]]
 
 
 class NotReady(Exception):
-    """No predictions are taken now: the model is loading, or the server is draining."""
+    """No predictions are taken now, as `status` says."""
 
-    def __init__(self, state: State) -> None:
-        super().__init__(f"the server is {state}")
-        self.state = state
+    def __init__(self, status: Status) -> None:
+        super().__init__("the engine stopped" if status == "engine-stopped" else f"the server is {status}")
+        self.status = status
 
 
 class ClientLeft(Exception):
@@ -39,17 +39,21 @@ class ClientLeft(Exception):
 
 
 class TooLong(ValueError):
-    """Texts that exceed the model's length when truncation is refused; `positions` are theirs."""
+    """Texts of more than `max_length` tokens when truncation is refused; `positions` are theirs."""
 
-    def __init__(self, positions: list[int]) -> None:
-        super().__init__(f"texts {positions} are too long")
-        self.positions = positions
+    def __init__(self, positions: list[int], max_length: int) -> None:
+        super().__init__(f"texts {positions} are longer than {max_length} tokens")
+        self.positions, self.max_length = positions, max_length
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came of a request: per text its tokens and its (labels int32 [k], scores fp32 [k]); and where the time went."""
+    """What came of a request: per text its tokens and its (labels int32 [k], scores fp32 [k]); and where the time went.
 
+    Labels are those of `engine`, which need not be the service's any more.
+    """
+
+    engine: Engine
     tokens: list[Tokens]
     best: list[tuple[np.ndarray, np.ndarray]]
     tokenize_s: float
@@ -63,13 +67,13 @@ class Service:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings, self.metrics = settings, metrics
-        self.state: State = "loading"
+        self._draining = False
         self._backend: _Backend | None = None
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        metrics.ready.set_function(lambda: self.ready)
-        metrics.draining.set_function(lambda: self.state == "draining")
+        metrics.ready.set_function(lambda: self.status == "ready")
+        metrics.draining.set_function(lambda: self._draining)
 
     @property
     def engine(self) -> Engine:
@@ -84,8 +88,12 @@ class Service:
         return self._backend is None or self._backend.alive
 
     @property
-    def ready(self) -> bool:
-        return self.state == "ready" and self.alive
+    def status(self) -> Status:
+        if self._draining:
+            return "draining"
+        if self._backend is None:
+            return "loading"
+        return "ready" if self._backend.alive else "engine-stopped"
 
     async def load(self) -> None:
         """Opens, verifies, loads and warms up the bundle beside the event loop, then takes requests. BundleError."""
@@ -95,8 +103,6 @@ class Service:
         warm_up_s = await asyncio.to_thread(engine.warm_up, settings.max_batch_inputs, settings.max_batch_tokens)
         self.metrics.warmup_duration.set(warm_up_s)
         self._backend = _Backend(engine, settings, self.metrics)
-        if self.state == "loading":
-            self.state = "ready"
 
     async def predict(
         self, texts: Sequence[str], *, k: int, truncate: bool, timeout_s: float, client_left: ClientLeaves
@@ -105,8 +111,9 @@ class Service:
 
         NotReady, QueueFull, TooLong, DeadlineExceeded, ClientLeft, Closed, or whatever the engine raised.
         """
-        if self.state != "ready" or self._backend is None:
-            raise NotReady(self.state)
+        if self._backend is None or self.status != "ready":
+            self.metrics.rejected.labels(self.status).inc()
+            raise NotReady(self.status)
         self._active += 1
         self._idle.clear()
         try:
@@ -118,7 +125,7 @@ class Service:
 
     async def drain(self) -> None:
         """Takes no more predictions and waits for those under way, as long as the settings allow."""
-        self.state = "draining"
+        self._draining = True
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), self.settings.drain_timeout_s)
 
@@ -174,10 +181,14 @@ class _Backend:
         tokens = await self._tokenize(texts)
         tokenize_s = time.perf_counter() - began
         if not truncate and (too_long := [i for i, text in enumerate(tokens) if text.truncated]):
-            raise TooLong(too_long)
+            raise TooLong(too_long, self.engine.max_length)
         future = self._loop.create_future()
         job = Job(((text.ids, len(text.ids)) for text in tokens), k=k, deadline=deadline, owner=future)
-        self._scheduler.submit(job)
+        try:
+            self._scheduler.submit(job)
+        except DeadlineExceeded:
+            self._metrics.cancelled.labels("tokenize").inc()
+            raise
         self._observe(tokens, tokenize_s)
         timer = self._loop.call_later(deadline - time.monotonic(), _end, future, DeadlineExceeded())
         watch = self._loop.create_task(client_left())
@@ -193,7 +204,8 @@ class _Backend:
             self._scheduler.cancel(job)  # if it is not over
         queue_s = job.finished_at - job.admitted_at - job.encoder_s - job.head_s
         self._metrics.stage["queue"].observe(queue_s)
-        return Answer(tokens, [item.result for item in job.items], tokenize_s, queue_s, job.encoder_s, job.head_s)
+        best = [item.result for item in job.items]
+        return Answer(self.engine, tokens, best, tokenize_s, queue_s, job.encoder_s, job.head_s)
 
     async def _tokenize(self, texts: Sequence[str]) -> list[Tokens]:
         if sum(map(len, texts)) <= SHORT_CHARS:  # longer ones would hold up the event loop

@@ -72,7 +72,6 @@ class Worker:
             self._run_stages(batch)
         except Exception as error:
             if len(batch) == 1:
-                _log.error("prediction failed", exc_info=error)
                 self._scheduler.fail(batch[0].job, error)
                 return
             self._metrics.batch_splits.labels("memory" if isinstance(error, MemoryError) else "error").inc()

@@ -79,7 +79,7 @@ def test_a_full_queue_answers_429_at_once_and_recovers(serving: Serving, pool: T
         response = post(local, inputs=TEXTS)
         problem_of(response, 429, "queue-full")
         assert 1 <= int(response.headers["retry-after"]) <= 60
-        assert local.metric("rejected_total", reason="queue_full") == 1
+        assert local.metric("rejected_total", reason="queue-full") == 1
         local.engine.gate.set()
         assert (first.result().status_code, waiting.result().status_code) == (200, 200)
         assert post(local, inputs=TEXTS).status_code == 200

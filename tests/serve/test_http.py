@@ -197,9 +197,9 @@ def test_alive(client: httpx.Client) -> None:
 def test_info_says_what_is_served_but_not_its_labels(client: httpx.Client, engine: Engine) -> None:
     info = client.get("/info").json()
     assert (info["model"], info["model_version"], info["labels"], info["width"]) == ("topics", engine.version, LABELS, 96)
-    assert [(block["connectivity"], block["dtype"], block["labels"], block["fan_in"]) for block in info["blocks"]] == [
-        ("dense", "fp32", 20, 96),
-        ("shared", "bf16", LABELS - 20, 24),
+    assert [(block["connectivity"], block["dtype"], block["groups"], block["fan_in"]) for block in info["blocks"]] == [
+        ("dense", "fp32", 2, 96),
+        ("shared", "bf16", 15, 24),
     ]
     assert info["limits"]["max_length"] == MAX_LENGTH
     assert info["metrics"] == {"test": {"P@1": 0.5}}
