@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"stopped by {stop}, state saved; go on with: python -m train --out {run.folder} --resume", file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
-        return _fail("stopped before the first step; there is nothing to save", 130)
+        return _fail("stopped at once; if a checkpoint was saved before, --resume goes on from it", 130)
     print(f"finished: {run.folder}")
     return 0
 

@@ -59,7 +59,7 @@ class State:
 def latest(checkpoints: Path) -> Path | None:
     """The checkpoint of the highest step, None when there is none. What a killed process left half-written is removed."""
     remove_leftovers(checkpoints)
-    return max(checkpoints.glob("step-*"), default=None)
+    return max(checkpoints.glob("step-*"), key=_step, default=None)
 
 
 def save(state: State, checkpoints: Path, keep: int) -> Path:
@@ -71,7 +71,7 @@ def save(state: State, checkpoints: Path, keep: int) -> Path:
             save_head(state.head, folder / "head.safetensors")
             save_file(_tensors(state), folder / "trainer.safetensors")
             _write_progress(state.progress, folder)
-    for old in sorted(checkpoints.glob("step-*"))[:-keep]:
+    for old in sorted(checkpoints.glob("step-*"), key=_step)[:-keep]:
         remove_folder(old)
     return target
 
@@ -110,6 +110,10 @@ def restore(state: State, checkpoint: Path) -> None:
     for name, tensor in _moment_tensors(state.moments).items():
         tensor.copy_(stored[name])
     torch.set_rng_state(stored[_RNG])
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _write_progress(progress: Progress, folder: Path) -> None:

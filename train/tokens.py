@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -79,7 +80,7 @@ def label_counts(split: Split, labels: Labels) -> np.ndarray:
 
 
 def _write(folder: Path, path: Path, labels: Labels, tokenize: Callable[[Sequence[str]], list[list[int]]]) -> None:
-    token_lengths, label_lengths = [0], [0]
+    token_lengths, label_lengths = array("q", [0]), array("q", [0])
     with (
         (folder / "tokens.bin").open("wb") as tokens_file,
         (folder / "labels.bin").open("wb") as labels_file,
