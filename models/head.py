@@ -149,9 +149,8 @@ class Block:
         if not 1 <= fan_in <= width:
             raise HeadError(f"fan-in is {fan_in}, must be 1 to the width {width}")
         n = -(-len(labels) // group_size)
-        label_ids = np.full(n * group_size, -1, dtype=np.int32)
-        label_ids[: len(labels)] = labels
-        label_ids = label_ids.reshape(n, group_size)
+        label_ids = np.full((n, group_size), -1, dtype=np.int32)
+        label_ids.reshape(-1)[: len(labels)] = labels
         values = np.empty((n, fan_in, group_size), dtype=dtypes.STORAGE[dtype])
         step = max(1, _CHUNK // (fan_in * group_size))
         for start in range(0, n, step):

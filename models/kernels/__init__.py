@@ -10,12 +10,11 @@ import numpy as np
 
 from models.head import Block, Head
 from models.kernels import cpu
-from models.kernels.step import Loss, Moments, Optimizer, Positives, rounding_key
+from models.kernels.step import MOMENTS, Loss, Moments, Optimizer, Positives, rounding_key
 
 __all__ = [
     "Loss", "Moments", "Optimizer", "Positives", "grad_input", "grad_values", "rounding_key", "scores", "topk", "train_step",
 ]  # fmt: skip
-_MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2}  # how many each optimizer keeps
 
 
 def topk(x: np.ndarray, head: Head, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -56,11 +55,11 @@ def train_step(
         raise ValueError(f"a block with {block.dtype} values cannot be trained; use fp32 or bf16")
     if loss not in ("bce", "squared_hinge"):
         raise ValueError(f"loss is {loss!r}, must be 'bce' or 'squared_hinge'")
-    if optimizer.kind not in _MOMENTS:
-        raise ValueError(f"optimizer is {optimizer.kind!r}, must be one of {', '.join(_MOMENTS)}")
+    if optimizer.kind not in MOMENTS:
+        raise ValueError(f"optimizer is {optimizer.kind!r}, must be one of {', '.join(MOMENTS)}")
     for name, arrays in (("values", moments.values), ("bias", moments.bias)):
         shape = getattr(block, name).shape
-        if len(arrays) != _MOMENTS[optimizer.kind] or any(m.shape != shape or m.dtype != np.float32 for m in arrays):
+        if len(arrays) != MOMENTS[optimizer.kind] or any(m.shape != shape or m.dtype != np.float32 for m in arrays):
             raise ValueError(f"moments of {name} do not fit the block and optimizer {optimizer.kind!r}")
     for array in (block.values, block.bias, *moments.values, *moments.bias):
         if not (array.flags.writeable and array.flags.c_contiguous):

@@ -15,7 +15,7 @@ from models.head import Block, Head
 from models.kernels.step import Loss, Moments, Optimizer, Positives
 
 try:
-    from models.kernels import _cpu
+    from models.kernels import _cpu  # type: ignore[attr-defined]  # compiled: it has no source to look at
 except ImportError as error:
     raise ImportError(
         f"the compiled kernels are missing ({error}). Build them with `pip install -e .` in the project's folder, "

@@ -14,10 +14,11 @@ from models.dtypes import decode, encode
 from models.head import Block, Head
 from models.kernels.step import Loss, Moments, Optimizer, Positives, group_keys, random_bits
 
+Precision = type[np.floating]
 _CHUNK = 1 << 20  # gathered inputs held at once
 
 
-def scores(x: np.ndarray, block: Block, precision: type = np.float64) -> np.ndarray:
+def scores(x: np.ndarray, block: Block, precision: Precision = np.float64) -> np.ndarray:
     """All scores of a block: x [B, D] → [B, N, G]; padding slots score −inf."""
     x = x.astype(precision)
     out = np.empty((len(x), block.groups, block.group_size), dtype=precision)
@@ -30,7 +31,7 @@ def scores(x: np.ndarray, block: Block, precision: type = np.float64) -> np.ndar
     return out
 
 
-def topk(x: np.ndarray, head: Head, k: int, precision: type = np.float64) -> tuple[np.ndarray, np.ndarray]:
+def topk(x: np.ndarray, head: Head, k: int, precision: Precision = np.float64) -> tuple[np.ndarray, np.ndarray]:
     """The k best labels of each row: scores [B, k] descending and label ids int32 [B, k]."""
     every = np.full((len(x), head.n_labels), -np.inf, dtype=precision)
     for block in head.blocks:
@@ -50,7 +51,7 @@ def train_step(
     optimizer: Optimizer,
     step: int,
     key: int,
-    precision: type = np.float64,
+    precision: Precision = np.float64,
 ) -> tuple[float, np.ndarray]:
     """One step: returns the loss and ∂loss/∂x [B, D]; values, bias and moments of the block change in place.
 
@@ -58,9 +59,8 @@ def train_step(
     `key` seeds the stochastic rounding of bf16 values (Gupta et al. 2015).
     """
     x = x.astype(precision)
-    target = np.zeros((len(x), block.groups * block.group_size), dtype=bool)
-    target[positives.rows, positives.slots] = True
-    target = target.reshape(len(x), block.groups, block.group_size)
+    target = np.zeros((len(x), block.groups, block.group_size), dtype=bool)
+    target.reshape(len(x), block.bias.size)[positives.rows, positives.slots] = True
     z = scores(x, block, precision)
     total, grad_z = loss_and_gradient(z, target, loss)
     grad_z /= max(1, len(x))
@@ -89,7 +89,7 @@ def loss_and_gradient(z: np.ndarray, target: np.ndarray, loss: Loss) -> tuple[np
     return slack**2, -2 * sign * slack
 
 
-def grad_input(grad: np.ndarray, block: Block, precision: type = np.float64) -> np.ndarray:
+def grad_input(grad: np.ndarray, block: Block, precision: Precision = np.float64) -> np.ndarray:
     """∂/∂x [B, D] from the gradient of the scores [B, N, G]."""
     grad_x = np.zeros((len(grad), block.width), dtype=precision)
     for part in _chunks(block, len(grad)):
@@ -97,16 +97,16 @@ def grad_input(grad: np.ndarray, block: Block, precision: type = np.float64) -> 
         if block.scales is not None:
             g = g * block.scales[part]
         w = _weights(block, part, precision)
-        if block.connectivity == "dense":
+        if block.indices is None:
             grad_x += np.einsum("bng,nkg->bk", g, w)
-        elif block.connectivity == "shared":
-            np.add.at(grad_x, (slice(None), block.indices[part]), np.einsum("bng,nkg->bnk", g, w))
-        else:
-            np.add.at(grad_x, (slice(None), block.indices[part]), g[:, :, None, :] * w)
+            continue
+        products = np.einsum("bng,nkg->bnk", g, w) if block.connectivity == "shared" else g[:, :, None, :] * w
+        for row, addends in zip(grad_x, products, strict=True):
+            np.add.at(row, block.indices[part], addends)
     return grad_x
 
 
-def grad_values(x: np.ndarray, grad: np.ndarray, block: Block, precision: type = np.float64) -> np.ndarray:
+def grad_values(x: np.ndarray, grad: np.ndarray, block: Block, precision: Precision = np.float64) -> np.ndarray:
     """∂/∂values [N, K, G] from inputs [B, D] and the gradient of the scores [B, N, G] (scales are constants)."""
     x = x.astype(precision)
     out = np.empty(block.values.shape, dtype=precision)
@@ -160,7 +160,7 @@ def _chunks(block: Block, rows: int) -> Iterator[slice]:
         yield slice(start, min(start + step, block.groups))
 
 
-def _weights(block: Block, part: slice, precision: type) -> np.ndarray:
+def _weights(block: Block, part: slice, precision: Precision) -> np.ndarray:
     return decode(block.values[part], block.dtype, precision)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from models.head import Block, Head
 
 Loss = Literal["bce", "squared_hinge"]
+MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2}  # how many each optimizer keeps of every weight
 _MASK = (1 << 64) - 1
 
 
@@ -59,7 +60,7 @@ class Optimizer:
 
     def moments(self, block: Block) -> Moments:
         """Fresh (zero) moments for `block`."""
-        count = {"sgd": 0, "momentum": 1, "adam": 2}[self.kind]
+        count = MOMENTS[self.kind]
         return Moments(
             values=tuple(np.zeros(block.values.shape, dtype=np.float32) for _ in range(count)),
             bias=tuple(np.zeros(block.bias.shape, dtype=np.float32) for _ in range(count)),
