@@ -17,8 +17,9 @@ def main(argv: list[str] | None = None) -> int:
     from models.head import HeadError
     from train.checkpoint import CheckpointError
     from train.data import DataError
+    from train.interrupt import StoppedError
     from train.prepare import prepare
-    from train.trainer import DivergedError, StoppedError
+    from train.trainer import DivergedError
 
     run = Run(Path(given["out"]))
     try:

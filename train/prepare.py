@@ -14,13 +14,14 @@ from models.head import Head
 from models.kernels import cpu
 from train import checkpoint
 from train.data import DataError, Labels, file_hash, find, read_labels, read_split, require
+from train.evaluation import sample
 from train.inputs import Inputs, PooledInputs, TextInputs
 from train.metrics import inverse_propensities
 from train.model import new_encoder, new_head
 from train.runs import Run
 from train.settings import Settings, SettingsError
 from train.tokens import Split, label_counts, load_split
-from train.trainer import Trainer, sample
+from train.trainer import Trainer
 
 _HELDOUT = 256
 _PACKAGES = ("fanin", "torch", "transformers", "tokenizers", "numpy")

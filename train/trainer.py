@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import math
 import resource
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
@@ -22,26 +18,18 @@ from models.encoder import Encoder
 from models.head import Head
 from models.kernels import Optimizer, Positives, rounding_key
 from train import checkpoint
-from train.batches import batches_by_length, training_batches
+from train.batches import training_batches
 from train.checkpoint import Progress, State
-from train.inputs import INTERMEDIATE, Inputs
-from train.metrics import RANKED, Meter
+from train.evaluation import evaluate
+from train.inputs import Inputs
+from train.interrupt import Interrupt
+from train.optimization import adamw, schedule
 from train.runs import Log
 from train.settings import Settings
-
-_EVAL_BATCH = 128
 
 
 class DivergedError(RuntimeError):
     """Loss, gradient or scores are no longer finite; the message says at which step."""
-
-
-class StoppedError(Exception):
-    """Ctrl-C or SIGTERM: the state is saved. `signum` is the signal's number."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
 
 
 class Trainer:
@@ -73,7 +61,7 @@ class Trainer:
         self._state = State(encoder, head, adamw(encoder, settings), moments, Progress())
         self._steps_per_epoch = -(-len(inputs.split) // settings.batch_size)
         self._steps = settings.epochs * self._steps_per_epoch
-        self._stop_signal: int | None = None
+        self._interrupt = Interrupt()
         self._clock = 0.0
         torch.manual_seed(settings.seed)
 
@@ -91,7 +79,7 @@ class Trainer:
         """Trains to the end, with a checkpoint and an evaluation after each epoch. StoppedError, DivergedError."""
         progress = self._state.progress
         self._clock = time.monotonic() - progress.seconds
-        with self._catching_signals():
+        with self._interrupt:
             while progress.epoch < self._settings.epochs:
                 self._train_epoch()
                 self._save()
@@ -116,9 +104,9 @@ class Trainer:
                     now = time.monotonic()
                     self._log_training(scale, texts / (now - started))
                     started, texts = now, 0
-                if self._stop_signal is not None:
+                if self._interrupt.signum is not None:
                     self._save()
-                    raise StoppedError(self._stop_signal)
+                    self._interrupt.check()
                 if settings.checkpoint_every and progress.step % settings.checkpoint_every == 0:
                     self._save()
 
@@ -180,25 +168,14 @@ class Trainer:
                 progress.best = where | metrics
 
     def _evaluate(self, name: str) -> dict[str, float]:
-        inputs = self._evaluations[name]
-        chosen = sample(len(inputs.split), self._settings.limit_eval)
-        meter = Meter(self._weights)
-        self._state.encoder.eval()
-        with (
-            torch.inference_mode(),
-            tqdm(total=len(chosen), desc=f"evaluating {name}", unit=" texts", disable=None, leave=False) as bar,
-        ):
-            for places in batches_by_length(inputs.lengths[chosen], _EVAL_BATCH):
-                rows = chosen[places]
-                try:
-                    _, ranked = kernels.topk(inputs.embed(rows).numpy(), self._state.head, RANKED)
-                except (ValueError, OverflowError) as error:
-                    raise self._diverged(str(error)) from error
-                meter.update(ranked, inputs.split.labels_of(rows))
-                bar.update(len(rows))
-                if self._stop_signal is not None:
-                    raise StoppedError(self._stop_signal)  # saved before the evaluation, which is repeated on resuming
-        return meter.result()
+        state = self._state
+        try:
+            return evaluate(
+                state.encoder, state.head, self._evaluations[name], self._weights,
+                limit=self._settings.limit_eval, name=name, interrupt=self._interrupt,
+            )  # fmt: skip
+        except FloatingPointError as error:
+            raise self._diverged(str(error)) from error
 
     def _log_training(self, scale: float, texts_per_s: float) -> None:
         settings, progress = self._settings, self._state.progress
@@ -227,64 +204,6 @@ class Trainer:
             f"training diverged at step {progress.step + 1} (epoch {progress.epoch + 1}): {reason}. "
             "Start again with lower learning rates (--head-lr, --encoder-lr, --intermediate-lr) or a lower --clip-norm"
         )
-
-    @contextmanager
-    def _catching_signals(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM asks the loop to save and stop; a second one acts at once, as usual."""
-        before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-
-        def ask(signum: int, frame: FrameType | None) -> None:
-            self._stop_signal = signum
-            for known, handler in before.items():
-                signal.signal(known, handler)
-
-        for signum in before:
-            signal.signal(signum, ask)
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-
-
-def adamw(encoder: Encoder, settings: Settings) -> torch.optim.Optimizer | None:
-    """AdamW over what is trained of the encoder; None when that is nothing. Only matrices are decayed.
-
-    Each group's "peak_lr" is its learning rate at the top of the schedule.
-    """
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-    for name, parameter in encoder.named_parameters():
-        fresh = name.startswith(INTERMEDIATE)
-        parameter.requires_grad_(fresh or not settings.freeze_encoder)
-        if parameter.requires_grad:
-            groups.setdefault((fresh, parameter.ndim > 1), []).append(parameter)
-    if not groups:
-        return None
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "peak_lr": settings.intermediate_lr if fresh else settings.transformer_lr,
-                "weight_decay": settings.weight_decay if matrix else 0.0,
-            }
-            for (fresh, matrix), parameters in groups.items()
-        ],
-        fused=True,
-    )
-
-
-def schedule(step: int, steps: int, warmup: float, kind: str) -> float:
-    """The factor on all learning rates in step `step` (from 0) of `steps`: a rise over the share `warmup`, then decay to 0."""
-    rise = round(warmup * steps)
-    if step < rise:
-        return (step + 1) / rise
-    left = (steps - step) / max(1, steps - rise)
-    return left if kind == "linear" else (1 - math.cos(math.pi * left)) / 2
-
-
-def sample(n: int, limit: int) -> np.ndarray:
-    """`limit` of the rows 0 … n − 1, evenly spaced; all of them when limit is 0 or not below n."""
-    return np.arange(n) if not 0 < limit < n else np.arange(limit) * n // limit
 
 
 def peak_memory_mb() -> float:

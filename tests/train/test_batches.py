@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.batches import batches_by_length, training_batches
-from train.trainer import sample, schedule
+from train.evaluation import sample
+from train.optimization import schedule
 
 lengths = st.lists(st.integers(1, 128), min_size=1, max_size=300).map(np.array)
 

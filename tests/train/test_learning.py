@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from models.checkpoint import load_head
-from tests.train.tasks import N_LABELS, QUICK, metrics, run, untimed, write_task
+from tests.train.tasks import N_LABELS, QUICK, metrics, run, untimed, write_jsonl, write_task
 from train.model import prior_bias
 
 
@@ -143,6 +143,26 @@ def test_heldout_texts_are_spread_over_the_split(tmp_path):
     assert places[0] == 0
     assert places[-1] > 990
     assert all(set(row["labels"]) == set(json.loads(test[i])["labels"]) for row, i in zip(heldout, places, strict=True))
+
+
+def test_texts_without_labels_are_trained_on_but_not_evaluated(tmp_path):
+    data = write_task(tmp_path / "data", texts=40)
+    empty = [{"text": "nothing here", "labels": []}] * 30
+    labelled = [json.loads(line) for line in gzip.decompress((data / "test.jsonl.gz").read_bytes()).splitlines()]
+    (data / "test.jsonl.gz").unlink()
+    results = []
+    for name, rows in (("alone", labelled), ("among", empty + labelled)):
+        write_jsonl(data / "test.jsonl", rows)
+        assert run(data, tmp_path / name, *QUICK, "--epochs", "1", "--limit-eval", "20") == 0
+        results.append({key: value for key, value in last(tmp_path / name).items() if key != "seconds"})
+    assert results[0] == results[1]
+    config = json.loads((tmp_path / "among" / "config.json").read_text())
+    assert config["data"]["test"]["texts_without_labels"] == 30
+
+    with (data / "train.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in empty)
+    assert run(data, tmp_path / "more", *QUICK, "--epochs", "1") == 0
+    assert json.loads((tmp_path / "more" / "config.json").read_text())["data"]["train"]["texts"] == 70
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(task, tmp_path):

@@ -1,0 +1,49 @@
+"""Exact evaluation of an encoder and a head on a split."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from models import kernels
+from models.encoder import Encoder
+from models.head import Head
+from train.batches import batches_by_length
+from train.inputs import Inputs
+from train.interrupt import Interrupt
+from train.metrics import RANKED, Meter
+
+_TEXTS_AT_ONCE = 128
+
+
+def evaluate(
+    encoder: Encoder, head: Head, inputs: Inputs, weights: np.ndarray, *, limit: int, name: str, interrupt: Interrupt
+) -> dict[str, float]:
+    """Metrics of the exact top 10 on `limit` of the texts that have labels (0 for all); `weights` are 1/propensity [L].
+
+    Raises StoppedError on a signal, and FloatingPointError when embeddings or scores are not finite.
+    """
+    labelled = np.flatnonzero(np.diff(inputs.split.label_starts))
+    chosen = labelled[sample(len(labelled), limit)]
+    meter = Meter(weights)
+    encoder.eval()
+    with (
+        torch.inference_mode(),
+        tqdm(total=len(chosen), desc=f"evaluating {name}", unit=" texts", disable=None, leave=False) as bar,
+    ):
+        for places in batches_by_length(inputs.lengths[chosen], _TEXTS_AT_ONCE):
+            rows = chosen[places]
+            try:
+                _, ranked = kernels.topk(inputs.embed(rows).numpy(), head, RANKED)
+            except (ValueError, OverflowError) as error:
+                raise FloatingPointError(str(error)) from error
+            meter.update(ranked, inputs.split.labels_of(rows))
+            bar.update(len(rows))
+            interrupt.check()
+    return meter.result()
+
+
+def sample(n: int, limit: int) -> np.ndarray:
+    """`limit` of the rows 0 … n − 1, evenly spaced; all of them when limit is 0 or not below n."""
+    return np.arange(n) if not 0 < limit < n else np.arange(limit) * n // limit
