@@ -7,7 +7,8 @@ import gzip
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -26,8 +27,8 @@ output belongs to line n of the input, best label first:
 
   {"labels": [{"id", "name", "score"}, …], "tokens", "truncated"}
 
-Files whose names end in .gz are compressed. The output appears when it is complete. A line that cannot be read ends the
-command with the line's number and status 2, and without output.
+Files whose names end in .gz are compressed. Every line is checked first: one that cannot be read ends the command with its
+number and status 2. The output appears when it is complete.
 """
 _WINDOW = 4096  # lines that are sorted by length together
 _BATCH_INPUTS, _BATCH_TOKENS = 32, 2048  # larger ones are no faster
@@ -38,9 +39,17 @@ class InputError(ValueError):
 
 
 def predict(
-    engine: Engine, tokenizer: TextTokenizer, texts: Sequence[str], k: int, scores: Scores = "probability"
+    engine: Engine,
+    tokenizer: TextTokenizer,
+    texts: Sequence[str],
+    k: int,
+    scores: Scores = "probability",
+    progress: Callable[[int], object] = lambda count: None,
 ) -> list[dict[str, Any]]:
-    """The k best labels of each text, as the output has them, in order. Texts of similar length share a batch."""
+    """The k best labels of each text, as the output has them, in order. Texts of similar length share a batch.
+
+    `progress` is called with the number of texts of each batch that is done.
+    """
     tokens = tokenizer(texts)
     answers: dict[int, dict[str, Any]] = {}
     order = sorted(range(len(texts)), key=lambda i: len(tokens[i].ids))
@@ -52,6 +61,7 @@ def predict(
         logits, labels = engine.topk(engine.encode([tokens[i].ids for i in batch]), k)
         for row, i in enumerate(batch):
             answers[i] = prediction(tokens[i], labels[row], logits[row], engine.bundle.labels, scores=scores)
+        progress(len(batch))
     return [answers[i] for i in range(len(texts))]
 
 
@@ -80,39 +90,30 @@ def main() -> int:
 
 
 def _run(engine: Engine, source: Path, target: Path, k: int, scores: Scores) -> None:
-    tokenizer = engine.new_tokenizer()
-    with (
-        source.open("rb") as file,
-        _unpacked(file, source) as lines,
-        _replacing(target) as out,
-        tqdm(total=source.stat().st_size, unit="B", unit_scale=True, desc="predict") as bar,
-    ):
-        texts = _texts(lines, source)
+    total = sum(1 for _ in _texts(source))  # finds a bad line before hours of work, not after
+    tokenizer, texts = engine.new_tokenizer(), _texts(source)
+    with _replacing(target) as out, tqdm(total=total, unit=" texts", desc="predict") as bar:
         while window := list(islice(texts, _WINDOW)):
-            for answer in predict(engine, tokenizer, window, k, scores):
+            for answer in predict(engine, tokenizer, window, k, scores, progress=bar.update):
                 out.write(json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
-            bar.update(file.tell() - bar.n)
 
 
-def _unpacked(file: IO[bytes], source: Path) -> IO[bytes]:
-    return gzip.open(file) if source.suffix == ".gz" else file  # type: ignore[return-value]
-
-
-def _texts(lines: IO[bytes], source: Path) -> Iterator[str]:
+def _texts(source: Path) -> Iterator[str]:
     number = 1
     try:
-        for line in lines:
-            text = json.loads(line)["text"]
-            if not isinstance(text, str):
-                raise TypeError('"text" is not a string')
-            if not text or text.isspace():
-                raise ValueError('"text" is empty')
-            text.encode()  # fails for half a surrogate pair, which no tokenizer takes
-            yield text
-            number += 1
+        with gzip.open(source) if source.suffix == ".gz" else source.open("rb") as lines:
+            for line in lines:
+                text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise TypeError('"text" is not a string')
+                if not text or text.isspace():
+                    raise ValueError('"text" is empty')
+                text.encode()  # fails for half a surrogate pair, which no tokenizer takes
+                yield text
+                number += 1
     except KeyError as error:
         raise InputError(f"{source}:{number}: no field {error}") from error
-    except (ValueError, TypeError, RecursionError, OSError, EOFError) as error:  # the last two: damaged gzip
+    except (ValueError, TypeError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{source}:{number}: {error}") from error
 
 

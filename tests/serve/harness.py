@@ -9,7 +9,9 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 
 from export.bundle import open_bundle
@@ -27,6 +29,19 @@ TEXTS = [
     "send a request over a socket and wait for the answer",
     "parse a date in ISO format",
 ]
+
+
+def problem_of(response: httpx.Response, status: int, kind: str) -> dict[str, Any]:
+    """The body of an error answer, checked for what every one of them must have."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    problem: dict[str, Any] = response.json()
+    assert problem["status"] == status
+    assert problem["type"] == f"urn:fanin:problem:{kind}"
+    assert problem["title"]
+    assert problem["detail"]
+    assert problem["request_id"] == response.headers["x-request-id"]
+    return problem
 
 
 class Process:

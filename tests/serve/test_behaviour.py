@@ -14,8 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serve.harness import TEXTS, Local, Serving
-from tests.serve.test_http import problem_of
+from tests.serve.harness import TEXTS, Local, Serving, problem_of
 
 
 @pytest.fixture

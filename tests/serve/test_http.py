@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from models import kernels
 from serve.engine import Engine
-from tests.serve.harness import LABELS, MAX_LENGTH, TEXTS, Process
+from tests.serve.harness import LABELS, MAX_LENGTH, TEXTS, Process, problem_of
 
 
 def ask(client: httpx.Client, **body: Any) -> dict[str, Any]:
@@ -20,18 +20,6 @@ def ask(client: httpx.Client, **body: Any) -> dict[str, Any]:
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
     return answer
-
-
-def problem_of(response: httpx.Response, status: int, kind: str) -> dict[str, Any]:
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/problem+json"
-    problem: dict[str, Any] = response.json()
-    assert problem["status"] == status
-    assert problem["type"] == f"urn:fanin:problem:{kind}"
-    assert problem["title"]
-    assert problem["detail"]
-    assert problem["request_id"] == response.headers["x-request-id"]
-    return problem
 
 
 def test_predictions_are_the_exact_top_k_of_the_bundle(client: httpx.Client, engine: Engine) -> None:
