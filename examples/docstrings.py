@@ -20,6 +20,7 @@ from pathlib import Path
 from examples.namespaces import Documented, documented
 from examples.prose import sentences
 
+_MOST_PARTS = 3  # of a name, as in datetime.datetime.now: what lies deeper is seldom called by its users
 _MOST_SENTENCES = 12  # of one callable: the longest docstrings would drown the others
 _MOST_OWNERS = 5  # a sentence of more callables says nothing about any of them
 _ENOUGH_TO_HOLD_OUT = 3
@@ -43,7 +44,7 @@ class Corpus:
 def collect() -> Corpus:
     """The corpus of this machine's Python: the standard library and what is installed beside it."""
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        entries = documented(pool)
+        entries = [entry for entry in documented(pool) if entry.name.count(".") < _MOST_PARTS]
         found = list(pool.map(sentences, [entry.doc for entry in entries], chunksize=500))
     return build([(entry, texts[:_MOST_SENTENCES]) for entry, texts in zip(entries, found, strict=True) if texts])
 

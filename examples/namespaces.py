@@ -34,7 +34,7 @@ _IN_C = """
     socket select mmap sqlite3 re random string decimal hashlib binascii threading queue ssl unicodedata weakref types codecs
     marshal pickle csv signal errno statistics contextvars asyncio lzma bz2 tracemalloc
     numpy numpy.linalg numpy.fft numpy.random numpy.char numpy.strings scipy.special
-    torch.nn.functional torch.linalg torch.fft torch.special torch
+    torch torch.linalg torch.fft torch.special
 """
 
 
