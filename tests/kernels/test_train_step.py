@@ -149,6 +149,27 @@ def test_loss(shape: Shape, spread: float, loss: str, connectivity: str, level: 
     assert_close(ours, plain, truth, "loss", roundings=16, size=size)
 
 
+@each_level
+@pytest.mark.parametrize("connectivity", ["shared", "private"])
+def test_derivatives_of_every_score(connectivity: str, level: str) -> None:
+    """From −100 to 100 the derivative of the cross-entropy is right to a few last places, not only next to 1.
+
+    Weights are zero, so a label's score is its bias, and the derivative is the first moment of the bias after one step.
+    """
+    shape = Shape(1, 1, 1 << 15, 1, 64)
+    block = random_block(shape, connectivity, "fp32")
+    block.values[...] = 0
+    block.bias[...] = np.linspace(-100, 100, shape.L).reshape(block.bias.shape)
+    optimizer, nothing = Optimizer("momentum"), Positives(np.empty(0, np.int64), np.empty(0, np.int32))
+    moments, z = optimizer.moments(block), block.bias.astype(np.float64)
+    total, _ = kernels.train_step(
+        np.ones((1, 1), np.float32), nothing, block, moments, loss="bce", optimizer=optimizer, step=1, key=0
+    )
+    smallest = np.exp(-87.0)  # beyond it fp32 has few places left
+    np.testing.assert_allclose(moments.bias[0], 1 / (1 + np.exp(-z)), rtol=4 * 2.0**-23, atol=smallest)
+    assert total == pytest.approx(np.logaddexp(0, z).sum(), rel=1e-6)
+
+
 def exact_problem(connectivity: str, dtype: str, kind: str) -> tuple:
     """A step whose every number fp32 holds exactly: small integers and powers of two. So its random bits decide alone."""
     shape = Shape(8, 50, 150, 40, 32)
