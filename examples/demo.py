@@ -126,10 +126,10 @@ def show_accuracy() -> None:
     rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     last = next(row for row in reversed(rows) if row["kind"] == "eval")
     names = ["P@1", "P@3", "P@5", "recall@10"]
-    print("".join(f"{name:>12}" for name in names))
-    print("".join(f"{last[name]:>12.3f}" for name in names))
-    print("P@1: how often the first of all labels is a right one. A sentence has two right ones, the function and its module,")
-    print("so no model can pass .667 in P@3 or .400 in P@5. The labels the model never saw with these sentences are its task.")
+    print("".join(f"{name:>11}" for name in names))
+    print("".join(f"{last[name]:>11.3f}" for name in names))
+    print("\nP@k: the share of right labels among the k best. A sentence has two right ones, its function and the module,")
+    print("so P@3 ends at .667 and P@5 at .400. recall@10: the share of the right ones that are among the ten best.")
 
 
 def show_answers(address: str) -> None:

@@ -57,6 +57,7 @@ static void train_step(const fanin::Block& block, Array<const float, -1, -1> x, 
   s.loss = loss_kind == "bce" ? fanin::Loss::bce : fanin::Loss::squared_hinge;
   s.update = kind == "sgd" ? fanin::Update::sgd : kind == "momentum" ? fanin::Update::momentum : fanin::Update::adam;
   s.lr = (float)lr, s.beta1 = (float)beta1, s.beta2 = (float)beta2, s.eps = (float)eps, s.decay = (float)(lr * weight_decay);
+  s.rest1 = (float)(1 - beta1), s.rest2 = (float)(1 - beta2);
   s.correction1 = (float)(1 / (1 - std::pow(beta1, step)));
   s.correction2 = (float)(1 / (1 - std::pow(beta2, step)));
   s.key = key;

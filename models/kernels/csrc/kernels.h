@@ -41,6 +41,7 @@ struct Step {
   Loss loss;
   Update update;
   float lr, beta1, beta2, eps, decay;  // decay = lr · weight_decay
+  float rest1, rest2;                  // 1 − β, from doubles: 1 − 0.999 in fp32 is off by 5e-5
   float correction1, correction2;      // 1 / (1 − βᵗ)
   uint64_t key;
   float* moment[2];       // [N, K, G] or null

@@ -185,7 +185,7 @@ double train_step(const Block& block, const float* x, int rows, const Step& step
   reduce_transposed(grad_xt, rows, block.width, ldx, grad_x);
   double total = 0;
   for (const double part : loss) total += part;
-  return total / rows;
+  return rows > 0 ? total / rows : 0.0;
 }
 
 void grad_input(const Block& block, const float* grad, int rows, float* grad_x) {

@@ -49,8 +49,8 @@ FANIN_INLINE void update(T* w, const float* grad, float* first, float* second, i
       store(first + i, m);
       value = value - step.lr * m;
     } else {
-      const vf m = step.beta1 * load(first + i) + (1.0f - step.beta1) * g;
-      const vf v = step.beta2 * load(second + i) + (1.0f - step.beta2) * (g * g);
+      const vf m = step.beta1 * load(first + i) + step.rest1 * g;
+      const vf v = step.beta2 * load(second + i) + step.rest2 * (g * g);
       store(first + i, m);
       store(second + i, v);
       value = value - step.lr * (m * step.correction1) / (square_root(v * step.correction2) + step.eps);
