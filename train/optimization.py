@@ -28,7 +28,7 @@ def adamw(encoder: Encoder, settings: Settings) -> torch.optim.Optimizer | None:
         [
             {
                 "params": parameters,
-                "peak_lr": settings.intermediate_lr if fresh else settings.transformer_lr,
+                "peak_lr": settings.intermediate_lr if fresh else settings.encoder_lr,
                 "weight_decay": settings.weight_decay if matrix else 0.0,
             }
             for (fresh, matrix), parameters in groups.items()

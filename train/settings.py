@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from models.head import Connectivity
     from models.kernels import Loss
 
-# `small` and a fresh intermediate layer start from random numbers and take larger steps than a pretrained transformer.
-_PRETRAINED_LR, _FRESH_LR = 1e-4, 1e-3
+# Other defaults with a pretrained encoder: it takes smaller steps, and learns a small data set by heart sooner.
+_PRETRAINED = {"encoder_lr": 2e-4, "dropout": 0.4}
 
 
 class SettingsError(ValueError):
@@ -116,15 +116,10 @@ class Settings:
     )
     loss: Loss = _head("bce", "loss of each label", choices=("bce", "squared_hinge"))
 
-    epochs: int = _learning(10, "passes over the training texts", _count)
+    epochs: int = _learning(5, "passes over the training texts", _count)
     batch_size: int = _learning(64, "texts in a step", _count, unit="B")
-    encoder_lr: float | None = _learning(
-        None,
-        f"peak learning rate of the transformer (default: {_PRETRAINED_LR:g}, for 'small' {_FRESH_LR:g})",
-        _amount,
-        unit="LR",
-    )
-    intermediate_lr: float = _learning(_FRESH_LR, "peak learning rate of the intermediate layer", _amount, unit="LR")
+    encoder_lr: float = _learning(1e-3, "peak learning rate of the transformer", _amount, unit="LR")
+    intermediate_lr: float = _learning(3e-3, "peak learning rate of the intermediate layer", _amount, unit="LR")
     head_lr: float = _learning(1e-3, "peak learning rate of the head", _amount, unit="LR")
     head_optimizer: Literal["adam", "momentum", "sgd"] = _learning(
         "adam",
@@ -151,13 +146,6 @@ class Settings:
     )
     keep: int = _process(2, "checkpoints to keep, the newest", _count, unit="CHECKPOINTS", free=True)
     log_every: int = _process(50, "steps between training lines in metrics.jsonl", _count, unit="STEPS")
-
-    @property
-    def transformer_lr(self) -> float:
-        """Peak learning rate of the transformer, the default resolved."""
-        if self.encoder_lr is not None:
-            return self.encoder_lr
-        return _FRESH_LR if self.encoder == "small" else _PRETRAINED_LR
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -198,7 +186,8 @@ def new(given: dict[str, Any]) -> Settings:
     """Settings of a new run; SettingsError when they cannot work together."""
     if "data" not in given:
         raise SettingsError("--data is missing")
-    settings = Settings(**given)
+    pretrained = given.get("encoder", Settings.encoder) != "small"
+    settings = Settings(**((_PRETRAINED if pretrained else {}) | given))
     _check(settings)
     return settings
 
@@ -234,4 +223,5 @@ def _help(spec: Field[Any]) -> str:
     if isinstance(spec.default, bool) or spec.default in ("", None):
         return text
     shown = f"{spec.default:g}" if isinstance(spec.default, float) else spec.default
-    return f"{text} (default: {shown})"
+    other = f", with a pretrained encoder {_PRETRAINED[spec.name]:g}" if spec.name in _PRETRAINED else ""
+    return f"{text} (default: {shown}{other})"

@@ -185,7 +185,7 @@ class Trainer:
                 "step": progress.step,
                 "epoch": progress.epoch + 1,
                 "loss": progress.loss_sum / progress.loss_steps,
-                "encoder_lr": 0.0 if settings.freeze_encoder else scale * settings.transformer_lr,
+                "encoder_lr": 0.0 if settings.freeze_encoder else scale * settings.encoder_lr,
                 "head_lr": scale * settings.head_lr,
                 "texts_per_s": round(texts_per_s, 1),
                 "peak_memory_mb": peak_memory_mb(),

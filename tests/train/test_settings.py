@@ -18,7 +18,7 @@ def test_help_explains_every_setting_and_the_exit_codes(capsys):
         assert f"--{spec.name.replace('_', '-')}" in text
         if not isinstance(spec.default, bool) and spec.default not in ("", None):
             shown = f"{spec.default:g}" if isinstance(spec.default, float) else str(spec.default)
-            assert f"(default: {shown})" in text
+            assert f"(default: {shown}" in text
     assert "130 stopped by Ctrl-C" in text
     assert "or 2% (default" in text
 
@@ -26,6 +26,15 @@ def test_help_explains_every_setting_and_the_exit_codes(capsys):
 @pytest.mark.parametrize(("given", "share"), [("2%", 0.02), ("0.02", 0.02), ("0", 0.0), ("100%", 1.0), ("12.5%", 0.125)])
 def test_shares(given, share):
     assert settings.parse(["--out", "x", "--dense-labels", given])[0]["dense_labels"] == pytest.approx(share)
+
+
+def test_defaults_depend_on_the_encoder_and_flags_win(tmp_path):
+    given = {"data": str(tmp_path), "out": "run"}
+    assert settings.new(given) == Settings(**given)
+    pretrained = settings.new(given | {"encoder": "some/model"})
+    assert pretrained.encoder_lr < Settings.encoder_lr
+    assert pretrained.dropout > Settings.dropout
+    assert settings.new(given | {"encoder": "some/model", "dropout": 0.0}).dropout == 0
 
 
 @pytest.mark.parametrize(
