@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import dtypes, head
@@ -15,11 +15,11 @@ CONNECTIVITIES = ["dense", "shared", "private"]
 SPARSE = ["shared", "private"]
 
 
-def a_block(connectivity: str = "shared", labels: int = 40, first: int = 0, **options) -> Block:
+def a_block(connectivity: str = "shared", labels: int = 40, first: int = 0, **changes) -> Block:
     """A random block of labels first, first + 1, … in groups of 16."""
     ids = np.arange(first, first + labels, dtype=np.int32)
-    settings = {"width": WIDTH, "fan_in": FAN_IN, "group_size": GROUP, "rng": np.random.default_rng(0), **options}
-    return Block.random(ids, connectivity=connectivity, **settings)
+    options = {"width": WIDTH, "fan_in": FAN_IN, "group_size": GROUP, "rng": np.random.default_rng(0), **changes}
+    return Block.random(ids, connectivity=connectivity, **options)
 
 
 def quantized_block(dtype: str = "int8") -> Block:
@@ -164,11 +164,11 @@ def test_a_label_twice_in_one_block_is_named() -> None:
 
 def test_slots_tell_where_each_label_lives() -> None:
     ids = np.random.default_rng(1).permutation(100).astype(np.int32)
-    settings = {"width": WIDTH, "fan_in": FAN_IN, "rng": np.random.default_rng(0)}
+    options = {"width": WIDTH, "fan_in": FAN_IN, "rng": np.random.default_rng(0)}
     blocks = (
-        Block.random(ids[:37], connectivity="dense", group_size=16, **settings),
-        Block.random(ids[37:38], connectivity="private", group_size=48, **settings),
-        Block.random(ids[38:], connectivity="shared", group_size=32, **settings),
+        Block.random(ids[:37], connectivity="dense", group_size=16, **options),
+        Block.random(ids[37:38], connectivity="private", group_size=48, **options),
+        Block.random(ids[38:], connectivity="shared", group_size=32, **options),
     )
     blocks[2].label_ids[:] = blocks[2].label_ids[:, ::-1]  # padding first
     whole = Head(WIDTH, 100, blocks)
@@ -190,6 +190,7 @@ def test_buffers_are_listed_by_name(connectivity: str) -> None:
     assert (block.groups, block.fan_in, block.group_size) == block.values.shape
 
 
+@settings(deadline=None)
 @given(
     labels=st.integers(0, 70),
     width=st.integers(1, 50),
