@@ -65,7 +65,8 @@ def documented(pool: Executor) -> list[Documented]:
     """Modules and callables with a docstring, sorted by name, every one under one name. Files are parsed in `pool`."""
     paths = sysconfig.get_paths()
     found = in_source({Path(paths[key]).resolve() for key in ("stdlib", "purelib", "platlib")}, pool)
-    for entry in in_c(set(found)):
+    owners = {name.rpartition(".")[0] for name in found}  # torch.Tensor has methods with docstrings, and none of its own
+    for entry in in_c(owners | set(found)):
         found.setdefault(entry.name, entry)
     return [found[name] for name in sorted(found)]
 

@@ -28,11 +28,10 @@ SHAPE = Shape(20, 64, 2000, 12, 16)  # 125 groups: work for several threads
 TREE = Path(models.__file__).parents[1]
 
 
-def python(code: str, folder: Path = TREE, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a fresh interpreter that sees the packages of `folder` first, and no hook of an editable install."""
-    site = Path(np.__file__).parents[1]
-    settings = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(site)]), **environment}
-    command = [sys.executable, "-S", "-c", code]
+def python(code: str, *flags: str, folder: Path = TREE, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter, started in `folder`."""
+    command = [sys.executable, *flags, "-c", code]
+    settings = {**os.environ, **environment}
     return subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -57,11 +56,15 @@ def test_an_instruction_set_that_cannot_run_is_refused_at_import() -> None:
 
 def test_without_the_compiled_kernels_the_import_fails_and_says_how_to_build_them(tmp_path: Path) -> None:
     shutil.copytree(TREE / "models", tmp_path / "models", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    found = python("import models.kernels", tmp_path)
+
+    def fresh(code: str) -> subprocess.CompletedProcess[str]:  # without the hook of an editable installation
+        return python(code, "-S", folder=tmp_path, PYTHONPATH=str(Path(np.__file__).parents[1]))
+
+    found = fresh("import models.kernels")
     assert found.returncode != 0
     assert "ImportError: the compiled kernels are missing" in found.stderr
     assert "pip install -e ." in found.stderr
-    found = python("import models.kernels.reference, sys", tmp_path)
+    found = fresh("import models.kernels.reference, sys")
     assert found.returncode != 0, "nothing may run on the slow reference by accident"
 
 
