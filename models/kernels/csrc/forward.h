@@ -68,6 +68,7 @@ void gather_forward(const T* w, const uint16_t* index, int K, int G, const Batch
   constexpr int NV = 16 / W;
   for (int b = 0; b < x.rows; ++b) {
     const float* in = x.x + (int64_t)b * width;
+    asm("" : "+r"(in));  // else GCC adds b·width to every index
     for (int g = 0; g < G; g += 16) {
       for (int from = 0; from < K; from += LONG_SUM) {
         const int to = K - from < LONG_SUM ? K : from + LONG_SUM;
