@@ -40,13 +40,15 @@ def train_step(
     moments: Moments,
     *,
     loss: Loss,
+    smoothing: float = 0.0,
     optimizer: Optimizer,
     step: int,
     key: int,
 ) -> tuple[float, np.ndarray]:
     """Forward, loss, gradients and weight update in one pass: returns the loss and ∂loss/∂x fp32 [B, D].
 
-    The loss is summed over the block's labels and averaged over the rows. Values, bias and moments change in place; bf16
+    The loss is summed over the block's labels and averaged over the rows; that of a positive counts `positives.weights` times,
+    and its target is 1 − `smoothing`. Negatives keep target 0: among millions of labels any other adds up to noise. Values, bias and moments change in place; bf16
     values are rounded stochastically with `key` (see `rounding_key`). `step` counts from 1. Values must be fp32 or bf16.
     Results are the same bit for bit for the same number of threads.
     """
@@ -55,6 +57,8 @@ def train_step(
         raise ValueError(f"a block with {block.dtype} values cannot be trained; use fp32 or bf16")
     if loss not in ("bce", "squared_hinge"):
         raise ValueError(f"loss is {loss!r}, must be 'bce' or 'squared_hinge'")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing is {smoothing}, must be at least 0 and below 1")
     if optimizer.kind not in MOMENTS:
         raise ValueError(f"optimizer is {optimizer.kind!r}, must be one of {', '.join(MOMENTS)}")
     for name, arrays in (("values", moments.values), ("bias", moments.bias)):
@@ -67,7 +71,7 @@ def train_step(
     if step < 1:
         raise ValueError(f"step is {step}, must count from 1")
     _check_positives(positives, block, len(x))
-    return cpu.train_step(x, positives, block, moments, loss=loss, optimizer=optimizer, step=step, key=key)
+    return cpu.train_step(x, positives, block, moments, loss=loss, smoothing=smoothing, optimizer=optimizer, step=step, key=key)
 
 
 def grad_input(grad: np.ndarray, block: Block) -> np.ndarray:
@@ -106,6 +110,11 @@ def _check_positives(positives: Positives, block: Block, rows: int) -> None:
         raise ValueError("positives are not distinct and in order of slot, then row")
     if (block.label_ids.reshape(-1)[slot] < 0).any():
         raise ValueError("positives name a padding slot")
+    weights = positives.weights
+    if weights is not None and not (
+        weights.shape == slot.shape and weights.dtype == np.float32 and np.isfinite(weights).all() and (weights >= 0).all()
+    ):
+        raise ValueError("weights of positives must be fp32, one for each, finite and not negative")
 
 
 def _within(array: np.ndarray, stop: int) -> bool:

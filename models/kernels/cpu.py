@@ -77,6 +77,7 @@ def train_step(
     moments: Moments,
     *,
     loss: Loss,
+    smoothing: float,
     optimizer: Optimizer,
     step: int,
     key: int,
@@ -84,10 +85,11 @@ def train_step(
     """See models.kernels.train_step."""
     grad_x = np.empty(x.shape, dtype=np.float32)
     total = np.zeros(1)
+    weights = np.ones(len(positives.slots), dtype=np.float32) if positives.weights is None else positives.weights
     _cpu.train_step(
-        _native(block), x, positives.slots, positives.rows, block.values, block.bias, list(moments.values), list(moments.bias),
-        grad_x, total, loss, optimizer.kind, optimizer.lr, optimizer.beta1, optimizer.beta2, optimizer.eps,
-        optimizer.weight_decay, step, key,
+        _native(block), x, positives.slots, positives.rows, weights, block.values, block.bias, list(moments.values),
+        list(moments.bias), grad_x, total, loss, smoothing, optimizer.kind, optimizer.lr, optimizer.beta1, optimizer.beta2,
+        optimizer.eps, optimizer.weight_decay, step, key,
     )  # fmt: skip
     return float(total[0]), grad_x
 

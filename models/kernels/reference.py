@@ -48,6 +48,7 @@ def train_step(
     moments: Moments,
     *,
     loss: Loss,
+    smoothing: float = 0.0,
     optimizer: Optimizer,
     step: int,
     key: int,
@@ -55,15 +56,19 @@ def train_step(
 ) -> tuple[float, np.ndarray]:
     """One step: returns the loss and ∂loss/∂x [B, D]; values, bias and moments of the block change in place.
 
-    The loss is summed over the block's labels and averaged over the rows. `step` counts from 1 (Adam's bias correction);
+    The loss is summed over the block's labels and averaged over the rows; see models.kernels.train_step. `step` counts from 1 (Adam's bias correction);
     `key` seeds the stochastic rounding of bf16 values (Gupta et al. 2015).
     """
     x = x.astype(precision)
-    target = np.zeros((len(x), block.groups, block.group_size), dtype=bool)
-    target.reshape(len(x), block.bias.size)[positives.rows, positives.slots] = True
+    target = np.zeros((len(x), block.groups, block.group_size), dtype=precision)
+    target.reshape(len(x), block.bias.size)[positives.rows, positives.slots] = 1 - smoothing
+    weight = np.ones(target.shape, dtype=precision)
+    if positives.weights is not None:
+        weight.reshape(len(x), block.bias.size)[positives.rows, positives.slots] = positives.weights
     z = scores(x, block, precision)
     total, grad_z = loss_and_gradient(z, target, loss)
-    grad_z /= max(1, len(x))
+    total *= weight
+    grad_z *= weight / max(1, len(x))
     grad_z[:, block.label_ids < 0] = 0
     grad_x = grad_input(grad_z, block, precision)
     grad_w = grad_values(x, grad_z, block, precision)
@@ -78,15 +83,18 @@ def train_step(
 
 
 def loss_and_gradient(z: np.ndarray, target: np.ndarray, loss: Loss) -> tuple[np.ndarray, np.ndarray]:
-    """Loss of each score and its derivative. bce: log(1 + eᶻ) − y·z. squared_hinge: max(0, 1 − (2y − 1)·z)²."""
+    """Loss of each score and its derivative, target · l₊ + (1 − target) · l₋ for targets from 0 to 1.
+
+    bce: l₊ = log(1 + e⁻ᶻ), l₋ = log(1 + eᶻ). squared_hinge: l₊ = max(0, 1 − z)², l₋ = max(0, 1 + z)².
+    """
     z = np.where(np.isneginf(z), 0, z)  # padding; the caller drops it
+    target = target.astype(z.dtype)
     if loss == "bce":
         small = np.exp(-np.abs(z))
         sigmoid = np.where(z >= 0, 1, small) / (1 + small)
-        return np.maximum(z, 0) + np.log1p(small) - np.where(target, z, 0), sigmoid - target
-    sign = np.where(target, 1, -1).astype(z.dtype)
-    slack = np.maximum(0, 1 - sign * z)
-    return slack**2, -2 * sign * slack
+        return np.maximum(z, 0) + np.log1p(small) - target * z, sigmoid - target
+    towards, against = np.maximum(0, 1 - z), np.maximum(0, 1 + z)
+    return target * towards**2 + (1 - target) * against**2, 2 * ((1 - target) * against - target * towards)
 
 
 def grad_input(grad: np.ndarray, block: Block, precision: Precision = np.float64) -> np.ndarray:

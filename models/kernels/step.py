@@ -20,26 +20,37 @@ class Positives:
     """The (slot, row) pairs of a batch that are positive in one block.
 
     slots int64 [P], a slot being n · G + g; rows int32 [P], positions in the batch. Distinct, in order of slot, then row.
+    weights fp32 [P] is how often the loss of each counts, once if None.
     """
 
     slots: np.ndarray
     rows: np.ndarray
+    weights: np.ndarray | None = None
 
     @classmethod
-    def of_batch(cls, labels: Sequence[np.ndarray], located: tuple[np.ndarray, np.ndarray], head: Head) -> list[Positives]:
-        """One Positives per block of `head`, from each row's label ids; `located` is `head.slots()`."""
+    def of_batch(
+        cls,
+        labels: Sequence[np.ndarray],
+        located: tuple[np.ndarray, np.ndarray],
+        head: Head,
+        weights: np.ndarray | None = None,
+    ) -> list[Positives]:
+        """One Positives per block of `head`, from each row's label ids; `located` is `head.slots()`.
+
+        `weights` fp32 [L] are those of the labels, all 1 if None.
+        """
         rows = np.repeat(np.arange(len(labels), dtype=np.int32), [len(row) for row in labels])
         ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in labels]) if len(labels) else np.empty(0, np.int64)
         block_of, slot_of = located[0][ids], located[1][ids]
         split = []
         for i in range(len(head.blocks)):
             here = block_of == i
-            slots, at = slot_of[here], rows[here]
+            slots, at, label = slot_of[here], rows[here], ids[here]
             order = np.lexsort((at, slots))
-            slots, at = slots[order], at[order]
+            slots, at, label = slots[order], at[order], label[order]
             fresh = np.ones(len(slots), dtype=bool)
             fresh[1:] = (slots[1:] != slots[:-1]) | (at[1:] != at[:-1])
-            split.append(cls(slots[fresh], at[fresh]))
+            split.append(cls(slots[fresh], at[fresh], None if weights is None else weights[label[fresh]]))
         return split
 
 

@@ -92,14 +92,20 @@ def copy(block: Block, **changes: object) -> Block:
     return replace(block, **{"values": block.values.copy(), "bias": block.bias.copy(), **changes})
 
 
-def random_positives(x: np.ndarray, block: Block, seed: int = 2) -> Positives:
-    """Up to three positives per row, none in the first of several rows; the first label is positive in all the others."""
+def random_positives(x: np.ndarray, block: Block, seed: int = 2, weighted: bool = False) -> Positives:
+    """Up to three positives per row, none in the first of several rows; the first label is positive in all the others.
+
+    Weights are 0.25 to 4, the first of them 0, or none.
+    """
     rng = np.random.default_rng(seed)
     slots = np.flatnonzero(block.label_ids.reshape(-1) >= 0)
     pairs = {(int(slots[0]), row) for row in range(1, len(x))}
     pairs |= {(int(slot), row) for row in range(int(len(x) > 1), len(x)) for slot in rng.choice(slots, 3)}
     ordered = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)
-    return Positives(ordered[:, 0].copy(), ordered[:, 1].astype(np.int32))
+    weights = (4 ** rng.uniform(-1, 1, len(ordered))).astype(np.float32) if weighted else None
+    if weighted:
+        weights[:1] = 0
+    return Positives(ordered[:, 0].copy(), ordered[:, 1].astype(np.int32), weights)
 
 
 @lru_cache(maxsize=4)  # so that every instruction set is held against the same work, done once

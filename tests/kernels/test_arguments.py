@@ -54,6 +54,7 @@ PADDING = int(np.flatnonzero(BLOCK.label_ids.reshape(-1) < 0)[0])
 UNFIT = "^moments of {} do not fit the block and optimizer 'adam'$"
 IN_PLACE = "^values, bias and moments change in place: they must be writable and contiguous$"
 ORDER = "^positives are not distinct and in order of slot, then row$"
+WEIGHTS = "^weights of positives must be fp32, one for each, finite and not negative$"
 OUTSIDE = "^positives do not fit the block and batch$"
 MOMENTS = ADAM.moments(BLOCK)
 
@@ -87,6 +88,10 @@ WRONG_STEPS = {
     "row beyond the batch": ({"positives": pairs((FIRST, 4))}, OUTSIDE),
     "slots descending": ({"positives": pairs((FIRST + 1, 0), (FIRST, 0))}, ORDER),
     "the same pair twice": ({"positives": pairs((FIRST, 0), (FIRST, 2), (FIRST, 2))}, ORDER),
+    "a weight too many": ({"positives": replace(POSITIVES, weights=np.ones(len(POSITIVES.slots) + 1, np.float32))}, WEIGHTS),
+    "weights of fp64": ({"positives": replace(POSITIVES, weights=np.ones(len(POSITIVES.slots)))}, WEIGHTS),
+    "a weight below 0": ({"positives": replace(POSITIVES, weights=-np.ones(len(POSITIVES.slots), np.float32))}, WEIGHTS),
+    "no target left": ({"smoothing": 1.0}, "^smoothing is 1.0, must be at least 0 and below 1$"),
     "a padding slot": ({"positives": pairs((PADDING, 0))}, "^positives name a padding slot$"),
 }
 

@@ -53,10 +53,19 @@ def optimizer_for(kind: str, block: Block) -> Optimizer:
 
 
 def run(
-    step, block: Block, x: np.ndarray, loss: str, optimizer: Optimizer, *, steps: int = 1, key: int = KEY, **more
+    step,
+    block: Block,
+    x: np.ndarray,
+    loss: str,
+    optimizer: Optimizer,
+    *,
+    steps: int = 1,
+    key: int = KEY,
+    weighted: bool = False,
+    **more,
 ) -> dict[str, np.ndarray]:
     """`steps` steps on a copy of the block: the last loss and ∂loss/∂x, then the copy's numbers and the moments."""
-    positives, block, moments = random_positives(x, block), copy(block), optimizer.moments(block)
+    positives, block, moments = random_positives(x, block, weighted=weighted), copy(block), optimizer.moments(block)
     for at in range(1, steps + 1):
         total, grad_x = step(x, positives, block, moments, loss=loss, optimizer=optimizer, step=at, key=key + at, **more)
     result = {"loss": np.float64(total), "∂loss/∂x": grad_x, "values": block.values, "bias": block.bias}
@@ -118,6 +127,23 @@ def test_a_bf16_step(shape: Shape, loss: str, kind: str, connectivity: str, leve
     rounded = dtypes.decode(ours["values"], "bf16")
     assert ((low <= rounded) & (rounded <= high)).all()
     assert (low == high).mean() > 0.9, "the interval is so wide that it proves nothing"
+
+
+@each_level
+@each_connectivity
+@pytest.mark.parametrize("loss", LOSSES)
+def test_weighted_and_smoothed_positives(loss: str, connectivity: str, level: str) -> None:
+    """A positive's loss is weight · (target · l₊ + (1 − target) · l₋) with the target 1 − smoothing, and so is its gradient."""
+    shape = EVERY_RULE[1]
+    block, x = random_block(shape, connectivity, "fp32"), random_input(shape)
+    settings = {"loss": loss, "optimizer": Optimizer("momentum", lr=0.25 / block.fan_in), "weighted": True, "smoothing": 0.1}
+    truth, plain = (run(reference.train_step, block, x, **settings, precision=p) for p in (np.float64, np.float32))
+    ours = run(kernels.train_step, block, x, **settings)
+    for what in ours.keys() - {"loss"}:
+        assert_close(ours[what], plain[what], truth[what], what, roundings=8)
+    assert ours["loss"] == pytest.approx(truth["loss"], rel=1e-6)
+    for other in ({"weighted": False}, {"smoothing": 0.0}):
+        assert np.abs(run(kernels.train_step, block, x, **settings | other)["∂loss/∂x"] - truth["∂loss/∂x"]).max() > 1e-3
 
 
 def loss_by_reference(precision: type, shape: Shape, connectivity: str, loss: str, spread: float) -> tuple[np.ndarray, float]:

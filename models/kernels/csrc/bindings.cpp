@@ -47,9 +47,9 @@ static fanin::Block make_block(const std::string& connectivity, int width, const
 }
 
 static void train_step(const fanin::Block& block, Array<const float, -1, -1> x, Array<const int64_t, -1> slots,
-                       Array<const int32_t, -1> rows, const nb::object& values, Array<float, -1, -1> bias,
+                       Array<const int32_t, -1> rows, Array<const float, -1> weights, const nb::object& values, Array<float, -1, -1> bias,
                        const std::vector<Floats3>& moments, const std::vector<Array<float, -1, -1>>& bias_moments,
-                       Array<float, -1, -1> grad_x, Array<double, 1> loss, const std::string& loss_kind, const std::string& kind, double lr,
+                       Array<float, -1, -1> grad_x, Array<double, 1> loss, const std::string& loss_kind, double smoothing, const std::string& kind, double lr,
                        double beta1, double beta2, double eps, double weight_decay, int step, uint64_t key) {
   nb::cast<Values>(values);  // raises for a read-only array
   (void)bias;
@@ -62,7 +62,7 @@ static void train_step(const fanin::Block& block, Array<const float, -1, -1> x, 
   s.correction2 = (float)(1 / (1 - std::pow(beta2, step)));
   s.key = key;
   for (size_t i = 0; i < moments.size(); ++i) s.moment[i] = moments[i].data(), s.bias_moment[i] = bias_moments[i].data();
-  s.slots = slots.data(), s.rows = rows.data(), s.positives = (int64_t)slots.shape(0);
+  s.slots = slots.data(), s.rows = rows.data(), s.weights = weights.data(), s.smoothing = (float)smoothing, s.positives = (int64_t)slots.shape(0);
   nb::gil_scoped_release release;
   *loss.data() = fanin::train_step(block, x.data(), (int)x.shape(0), s, grad_x.data());
 }

@@ -113,7 +113,7 @@ double train(const Block& block, const Batch& x, const Step& step, int64_t begin
     for (; at < step.positives && step.slots[at] < (n + 1) * G; ++at) {
       const int label = (int)(step.slots[at] - n * G), row = step.rows[at];
       const int64_t element = columns ? (int64_t)label * x.ldx + row : (int64_t)row * G + label;
-      loss += positive(step.loss, z[element], (columns ? gt : g) + element, scale);
+      loss += positive(step.loss, z[element], (columns ? gt : g) + element, scale, step.weights[at], 1.0f - step.smoothing);
     }
     const Random random(splitmix(step.key + (uint64_t)n));
     float *first = step.moment[0] ? step.moment[0] + n * K * G : nullptr, *second = step.moment[1] ? step.moment[1] + n * K * G : nullptr;

@@ -48,7 +48,9 @@ struct Step {
   float* bias_moment[2];  // [N, G] or null
   const int64_t* slots;   // [P] ascending
   const int32_t* rows;    // [P]
+  const float* weights;   // [P]
   int64_t positives;      // P
+  float smoothing;        // a positive's target is 1 − smoothing
 };
 
 // All work on groups [begin, end). `scratch` holds scratch_floats() floats, 64-byte aligned, one per thread.

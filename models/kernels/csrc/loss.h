@@ -1,5 +1,7 @@
 // Losses of a tile of scores and their derivatives. The tile is [outer, inner]: rows × labels, or labels × rows when transposed.
 #pragma once
+#include <cmath>
+
 #include "kernels.h"
 #include "simd.h"
 
@@ -33,15 +35,16 @@ FANIN_INLINE double negatives(const float* z, float* g, int outer, int inner, co
   return total;
 }
 
-// Turns one element into a positive's; returns the change of the loss.
-FANIN_INLINE double positive(Loss kind, float z, float* g, float scale) {
+// Turns one element into a positive's, whose loss is weight · (target · l₊ + (1 − target) · l₋); returns the change of the loss.
+FANIN_INLINE double positive(Loss kind, float z, float* g, float scale, float weight, float target) {
   if (kind == Loss::bce) {
-    *g -= scale;
-    return -z;
+    *g = weight * (*g - target * scale);
+    const double negative = weight == 1.0f ? 0.0 : (z > 0.0f ? (double)z : 0.0) + std::log1p(std::exp(-std::fabs((double)z)));
+    return (weight - 1.0) * negative - (double)weight * target * z;
   }
-  const double against = z > -1.0f ? 1.0 + z : 0.0, towards = z < 1.0f ? 1.0 - z : 0.0;
-  *g = (float)(-2.0 * towards) * scale;
-  return towards * towards - against * against;
+  const double against = z > -1.0f ? 1.0 + z : 0.0, towards = z < 1.0f ? 1.0 - z : 0.0, rest = 1.0 - target;
+  *g = (float)(2.0 * weight * (rest * against - target * towards)) * scale;
+  return weight * (target * towards * towards + rest * against * against) - against * against;
 }
 
 FANIN_INLINE double loss_tile(Loss kind, const float* z, float* g, int outer, int inner, const float* inner_mask, float scale) {
