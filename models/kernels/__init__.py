@@ -48,9 +48,10 @@ def train_step(
     """Forward, loss, gradients and weight update in one pass: returns the loss and ∂loss/∂x fp32 [B, D].
 
     The loss is summed over the block's labels and averaged over the rows; that of a positive counts `positives.weights` times,
-    and its target is 1 − `smoothing`. Negatives keep target 0: among millions of labels any other adds up to noise. Values, bias and moments change in place; bf16
-    values are rounded stochastically with `key` (see `rounding_key`). `step` counts from 1. Values must be fp32 or bf16.
-    Results are the same bit for bit for the same number of threads.
+    and its target is 1 − `smoothing`. Negatives keep target 0: among millions of labels any other adds up to noise.
+
+    Values, bias and moments change in place; bf16 values are rounded stochastically with `key` (see `rounding_key`). `step`
+    counts from 1. Values must be fp32 or bf16. Results are the same bit for bit for the same number of threads.
     """
     x = _input(x, block.width)
     if block.dtype not in ("fp32", "bf16"):

@@ -56,7 +56,7 @@ def train_step(
 ) -> tuple[float, np.ndarray]:
     """One step: returns the loss and ∂loss/∂x [B, D]; values, bias and moments of the block change in place.
 
-    The loss is summed over the block's labels and averaged over the rows; see models.kernels.train_step. `step` counts from 1 (Adam's bias correction);
+    See models.kernels.train_step for the loss. `step` counts from 1 (Adam's bias correction);
     `key` seeds the stochastic rounding of bf16 values (Gupta et al. 2015).
     """
     x = x.astype(precision)
