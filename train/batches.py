@@ -16,14 +16,15 @@ def training_batches(lengths: np.ndarray, batch_size: int, *, seed: int, epoch: 
     rows = rng.permutation(len(lengths))
     window = np.arange(len(rows)) // (_WINDOW * batch_size)
     rows = rows[np.lexsort((lengths[rows], window))]
-    batches = _cut(rows, batch_size)
+    batches = cut(rows, batch_size)
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def batches_by_length(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """Rows of each batch, shortest texts first, every row once: the least padding there can be."""
-    return _cut(np.argsort(lengths, kind="stable"), batch_size)
+    return cut(np.argsort(lengths, kind="stable"), batch_size)
 
 
-def _cut(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
+def cut(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """`rows` in batches, in their order; the last may be smaller."""
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]

@@ -37,6 +37,22 @@ def adamw(encoder: Encoder, settings: Settings) -> torch.optim.Optimizer | None:
     )
 
 
+def step(optimizer: torch.optim.Optimizer, scale: float, clip_norm: float) -> bool:
+    """One step at `scale` times the peak learning rates, on gradients clipped to `clip_norm` (0: as they are).
+
+    The gradients are used up. False, and nothing is changed, when they are not finite.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
+    if not torch.isfinite(norm):
+        return False
+    for group in optimizer.param_groups:
+        group["lr"] = scale * group["peak_lr"]
+    optimizer.step()
+    optimizer.zero_grad()
+    return True
+
+
 def schedule(step: int, steps: int, warmup: float, kind: str) -> float:
     """The factor on all learning rates in step `step` (from 0) of `steps`: a rise over the share `warmup`, then decay to 0."""
     rise = round(warmup * steps)

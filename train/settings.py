@@ -118,6 +118,13 @@ class Settings:
 
     epochs: int = _learning(5, "passes over the training texts", _count)
     batch_size: int = _learning(64, "texts in a step", _count, unit="B")
+    micro_batch: int = _learning(
+        0,
+        "texts that pass through the encoder at once; fewer than a step's take less memory and up to a third more time, "
+        "the head sees the whole step (0: all)",
+        _whole,
+        unit="TEXTS",
+    )
     encoder_lr: float = _learning(1e-3, "peak learning rate of the transformer", _amount, unit="LR")
     intermediate_lr: float = _learning(3e-3, "peak learning rate of the intermediate layer", _amount, unit="LR")
     head_lr: float = _learning(1e-3, "peak learning rate of the head", _amount, unit="LR")

@@ -17,13 +17,13 @@ from models import kernels
 from models.encoder import Encoder
 from models.head import Head
 from models.kernels import Optimizer, Positives, rounding_key
-from train import checkpoint
+from train import checkpoint, optimization
 from train.batches import training_batches
 from train.checkpoint import Progress, State
+from train.encoding import Encoding
 from train.evaluation import evaluate
 from train.inputs import Inputs
 from train.interrupt import Interrupt
-from train.optimization import adamw, schedule
 from train.runs import Log
 from train.settings import Settings
 
@@ -51,6 +51,7 @@ class Trainer:
     ) -> None:
         self._settings = settings
         self._inputs = inputs
+        self._encoding = Encoding(inputs, settings.micro_batch)
         self._evaluations = evaluations
         self._weights = propensity_weights
         self._checkpoints = checkpoints
@@ -58,7 +59,7 @@ class Trainer:
         self._located = head.slots()
         self._optimizer = Optimizer(settings.head_optimizer, settings.head_lr)
         moments = [self._optimizer.moments(block) for block in head.blocks]
-        self._state = State(encoder, head, adamw(encoder, settings), moments, Progress())
+        self._state = State(encoder, head, optimization.adamw(encoder, settings), moments, Progress())
         self._steps_per_epoch = -(-len(inputs.split) // settings.batch_size)
         self._steps = settings.epochs * self._steps_per_epoch
         self._interrupt = Interrupt()
@@ -113,9 +114,8 @@ class Trainer:
     def _step(self, rows: np.ndarray) -> tuple[float, float]:
         """One step on the texts `rows`: returns the loss, a sum over labels and mean over texts, and the schedule's factor."""
         settings, state, progress = self._settings, self._state, self._state.progress
-        scale = schedule(progress.step, self._steps, settings.warmup, settings.schedule)
-        embedding = self._inputs.embed(rows)
-        x = embedding.detach().numpy()
+        scale = optimization.schedule(progress.step, self._steps, settings.warmup, settings.schedule)
+        x = self._encoding.embed(rows)
         if not np.isfinite(x).all():
             raise self._diverged("the encoder's output is not finite")
         positives = Positives.of_batch(self._inputs.split.labels_of(rows), self._located, state.head)
@@ -131,23 +131,14 @@ class Trainer:
         if not (math.isfinite(loss) and np.isfinite(grad_x).all()):
             raise self._diverged(f"the loss is {loss}")
         if state.optimizer is not None:
-            embedding.backward(torch.from_numpy(grad_x))
-            self._step_encoder(state.optimizer, scale)
+            self._encoding.backward(grad_x)
+            if not optimization.step(state.optimizer, scale, settings.clip_norm):
+                raise self._diverged("the encoder's gradient is not finite")
         progress.step += 1
         progress.batch += 1
         progress.loss_sum += loss
         progress.loss_steps += 1
         return loss, scale
-
-    def _step_encoder(self, optimizer: torch.optim.Optimizer, scale: float) -> None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self._settings.clip_norm or math.inf)
-        if not torch.isfinite(norm):
-            raise self._diverged("the encoder's gradient is not finite")
-        for group in optimizer.param_groups:
-            group["lr"] = scale * group["peak_lr"]
-        optimizer.step()
-        optimizer.zero_grad()
 
     def _evaluate_epoch(self) -> None:
         settings, progress = self._settings, self._state.progress
