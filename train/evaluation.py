@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -34,14 +36,22 @@ def evaluate(
     ):
         for places in batches_by_length(inputs.lengths[chosen], _TEXTS_AT_ONCE):
             rows = chosen[places]
+            filtered = inputs.split.filtered_of(rows)
             try:
-                _, ranked = kernels.topk(inputs.embed(rows).numpy(), head, RANKED)
+                _, ranked = kernels.topk(inputs.embed(rows).numpy(), head, RANKED + max(len(labels) for labels in filtered))
             except (ValueError, OverflowError) as error:
                 raise FloatingPointError(str(error)) from error
-            meter.update(ranked, inputs.split.labels_of(rows))
+            meter.update(without(ranked, filtered), inputs.split.labels_of(rows))
             bar.update(len(rows))
             interrupt.check()
     return meter.result()
+
+
+def without(ranked: np.ndarray, filtered: Sequence[np.ndarray]) -> np.ndarray:
+    """`ranked` int [B, k] without each text's `filtered` labels: what follows moves up, and −1 fills the end."""
+    dropped = np.stack([np.isin(labels, unwanted) for labels, unwanted in zip(ranked, filtered, strict=True)])
+    order = np.argsort(dropped, axis=1, kind="stable")
+    return np.take_along_axis(np.where(dropped, -1, ranked), order, axis=1)
 
 
 def sample(n: int, limit: int) -> np.ndarray:

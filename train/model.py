@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,14 +10,14 @@ import torch
 from models.encoder import Encoder, EncoderConfig
 from models.head import Block, Connectivity, Head
 from models.kernels import Loss
-from train.data import Labels, read_split
+from train.data import Dataset, Labels
 from train.labels import group_labels
 from train.settings import Settings
 
 _VOCABULARY_TEXTS = 500_000  # more hardly change a vocabulary, and they are held in memory
 
 
-def new_encoder(settings: Settings, train_path: Path, labels: Labels) -> Encoder:
+def new_encoder(settings: Settings, data: Dataset, labels: Labels) -> Encoder:
     """The encoder the settings ask for, its fresh weights drawn from the seed. EncoderError, DataError."""
     config = EncoderConfig(
         pooling=settings.pooling,
@@ -29,7 +28,7 @@ def new_encoder(settings: Settings, train_path: Path, labels: Labels) -> Encoder
     if settings.encoder != "small":
         torch.manual_seed(settings.seed)  # for the intermediate layer
         return Encoder.pretrained(settings.encoder, config)
-    texts = [text for text, _ in islice(read_split(train_path, labels), _VOCABULARY_TEXTS)]
+    texts = [text for text, _ in islice(data.texts("train", labels), _VOCABULARY_TEXTS)]
     return Encoder.small(
         texts,
         config,

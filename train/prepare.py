@@ -13,7 +13,7 @@ import torch
 from models.head import Head
 from models.kernels import cpu
 from train import checkpoint
-from train.data import DataError, Labels, file_hash, find, read_labels, read_split, require
+from train.data import Dataset, Labels
 from train.evaluation import sample
 from train.inputs import Inputs, PooledInputs, TextInputs
 from train.metrics import inverse_propensities
@@ -24,7 +24,7 @@ from train.tokens import Split, label_counts, load_split
 from train.trainer import Trainer
 
 _HELDOUT = 256
-_PACKAGES = ("fanin", "torch", "transformers", "tokenizers", "numpy")
+_PACKAGES = ("fanin", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
 
 
 def prepare(settings: Settings, run: Run) -> Trainer:
@@ -36,22 +36,21 @@ def prepare(settings: Settings, run: Run) -> Trainer:
     cpu.set_threads(threads)
     torch.set_num_threads(threads)
 
-    files = _files(Path(settings.data))
-    hashes = {name: file_hash(path) for name, path in files.items()}
+    data = Dataset(Path(settings.data), titles_only=settings.titles_only)
+    hashes = data.hashes()
     _check_unchanged(run, hashes)
-    labels = read_labels(files["labels"])
+    labels = data.labels()
     folder = checkpoint.latest(run.checkpoints)
     if folder is None:
-        encoder, head, progress = new_encoder(settings, files["train"], labels), None, checkpoint.Progress()
+        encoder, head, progress = new_encoder(settings, data, labels), None, checkpoint.Progress()
     else:
         encoder, head, progress = checkpoint.load_model(folder)
 
     cache = Path(settings.cache) if settings.cache else run.folder / "cache"
-    tokenizer_key = f"{settings.max_length} {encoder.tokenizer.to_str()}"
+    reading = [f"titles only: {settings.titles_only}", f"{settings.max_length} {encoder.tokenizer.to_str()}"]
     splits = {
-        name: load_split(files[name], labels, [hashes[name], hashes["labels"], tokenizer_key], encoder.tokenize, cache)
-        for name in files
-        if name != "labels"
+        name: load_split(data, name, labels, [hashes[name], hashes["labels"], *reading], encoder.tokenize, cache)
+        for name in data.splits
     }
     counts = label_counts(splits["train"], labels)
     if head is None:
@@ -70,27 +69,18 @@ def prepare(settings: Settings, run: Run) -> Trainer:
     run.folder.mkdir(parents=True, exist_ok=True)
     run.write_labels(labels)
     first = next(iter(evaluations))
-    run.write_heldout(_heldout(files[first], labels, len(splits[first])))
+    run.write_heldout(_heldout(data, first, labels, len(splits[first])))
     run.log.cut(progress.step, evaluation_due=progress.batch > 0)
     run.write_config(
         {
             "settings": settings.as_json(),
-            "data": {"path": str(Path(settings.data).resolve()), "labels": len(labels), "sha256": hashes}
+            "data": {"path": str(data.folder.resolve()), "format": data.format, "labels": len(labels), "sha256": hashes}
             | {name: _counts(split) for name, split in splits.items()},
             "model": _model(head, trainer.moment_bytes) | {"embedding_width": encoder.embedding_width},
             "versions": _versions(),
         }
     )
     return trainer
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Paths of "labels", "train" and what there is of "dev" and "test", dev first: it is what each epoch is evaluated on."""
-    files = {name: require(folder, name) for name in ("labels", "train")}
-    files |= {name: path for name in ("dev", "test") if (path := find(folder, name))}
-    if len(files) == 2:
-        raise DataError(f"{folder}: no test.jsonl or dev.jsonl, plain or .gz; one is needed for evaluation")
-    return files
 
 
 def _check_unchanged(run: Run, hashes: dict[str, str]) -> None:
@@ -103,9 +93,9 @@ def _check_unchanged(run: Run, hashes: dict[str, str]) -> None:
         raise SettingsError(f"cannot resume: the data has changed since the run began ({', '.join(changed)})")
 
 
-def _heldout(path: Path, labels: Labels, n_texts: int) -> list[dict[str, Any]]:
+def _heldout(data: Dataset, split: str, labels: Labels, n_texts: int) -> list[dict[str, Any]]:
     chosen = set(sample(n_texts, _HELDOUT).tolist())
-    rows = enumerate(read_split(path, labels))
+    rows = enumerate(data.texts(split, labels))
     return [{"text": text, "labels": [labels.ids[i] for i in positions]} for row, (text, positions) in rows if row in chosen]
 
 
@@ -116,6 +106,7 @@ def _counts(split: Split) -> dict[str, int]:
         "texts_without_labels": int((label_lengths == 0).sum()),
         "tokens": len(split.tokens),
         "positives": len(split.labels),
+        "filtered": len(split.filtered),
     }
 
 

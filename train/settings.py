@@ -79,8 +79,13 @@ class Settings:
     """Every setting of a run, by the name of its flag (underscores for dashes)."""
 
     data: str = _files(
-        "", "folder with train.jsonl, dev.jsonl or test.jsonl, and labels.jsonl, plain or .gz", unit="DIR", free=True
+        "",
+        "folder with train.jsonl, dev.jsonl or test.jsonl, and labels.jsonl, plain or .gz, or in another format of "
+        "docs/data.md; 'python -m train.data check DIR' tells what is in it",
+        unit="DIR",
+        free=True,
     )
+    titles_only: bool = _files(False, "label-feature JSON: a text is its title alone, as in the LF-...Titles sets")
     out: str = _files("", "run directory to make: settings, metrics, checkpoints", unit="RUN", free=True)
     cache: str | None = _files(
         None, "folder of cached tokens and embeddings, which runs may share (default: RUN/cache)", unit="DIR", free=True

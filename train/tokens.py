@@ -14,18 +14,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from train.data import Labels, read_split
+from train.data import Dataset, Labels
 from train.files import atomic_folder
 
 _TEXTS_AT_ONCE = 4096
-_DTYPES = {"tokens": np.int32, "token_starts": np.int64, "labels": np.int32, "label_starts": np.int64}
+_LAYOUT = "filtered"  # part of the cache's key, to be changed with the files below
+_DTYPES = {
+    "tokens": np.int32, "token_starts": np.int64, "labels": np.int32, "label_starts": np.int64,
+    "filtered": np.int32, "filtered_starts": np.int64,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Tokens and labels of n texts. Text i has tokens[token_starts[i] : token_starts[i + 1]], labels likewise.
+    """Tokens and labels of n texts. Text i has tokens[token_starts[i] : token_starts[i + 1]], labels and filtered likewise.
 
     tokens int32, token_starts int64 [n + 1], labels int32 positions ascending within a text, label_starts int64 [n + 1].
+    filtered int32 and filtered_starts int64 [n + 1] are the labels that count as neither right nor wrong, ascending.
     `key` names the contents: equal keys mean equal texts, labels and tokens.
     """
 
@@ -34,6 +39,16 @@ class Split:
     token_starts: np.ndarray
     labels: np.ndarray
     label_starts: np.ndarray
+    filtered: np.ndarray
+    filtered_starts: np.ndarray
+
+    @classmethod
+    def of_tokens(cls, texts: Sequence[Sequence[int]]) -> Split:
+        """Texts of given tokens, without labels."""
+        lengths = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+        tokens = np.fromiter((token for text in texts for token in text), np.int32, count=lengths[-1])
+        none, starts = np.empty(0, np.int32), np.zeros(len(texts) + 1, np.int64)
+        return cls("", tokens, lengths, none, starts, none, starts)
 
     def __len__(self) -> int:
         return len(self.token_starts) - 1
@@ -47,6 +62,10 @@ class Split:
         """Label positions of each of the texts `rows`."""
         return [self.labels[self.label_starts[row] : self.label_starts[row + 1]] for row in rows]
 
+    def filtered_of(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Label positions that are no answer to each of the texts `rows`, right or wrong."""
+        return [self.filtered[self.filtered_starts[row] : self.filtered_starts[row + 1]] for row in rows]
+
     def padded(self, rows: np.ndarray, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         """input_ids and attention_mask, int64 [B, S], of the texts `rows`, padded on the right to the longest of them."""
         starts, stops = self.token_starts[rows], self.token_starts[rows + 1]
@@ -59,19 +78,23 @@ class Split:
 
 
 def load_split(
-    path: Path, labels: Labels, sources: list[str], tokenize: Callable[[Sequence[str]], list[list[int]]], cache: Path
+    data: Dataset,
+    name: str,
+    labels: Labels,
+    sources: list[str],
+    tokenize: Callable[[Sequence[str]], list[list[int]]],
+    cache: Path,
 ) -> Split:
-    """The split in file `path`, from `cache` if it is there, else read, tokenized and put there. DataError as `read_split`.
+    """The split `name` of `data`, from `cache` if it is there, else read, tokenized and put there. DataError as `data.texts`.
 
     `sources` are strings that must differ whenever the texts, the labels or the tokenizer do: the cache is keyed by them.
     """
-    key = hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:24]
+    key = hashlib.sha256(json.dumps([_LAYOUT, *sources]).encode()).hexdigest()[:24]
     folder = cache / f"tokens-{key}"
     if not folder.is_dir():
         with atomic_folder(folder) as temporary:
-            _write(temporary, path, labels, tokenize)
-    arrays = {name: np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r") for name, dtype in _DTYPES.items()}
-    return Split(key, **arrays)
+            _write(temporary, data, name, labels, tokenize)
+    return Split(key, **{array: _map(folder / f"{array}.bin", dtype) for array, dtype in _DTYPES.items()})
 
 
 def label_counts(split: Split, labels: Labels) -> np.ndarray:
@@ -79,15 +102,21 @@ def label_counts(split: Split, labels: Labels) -> np.ndarray:
     return np.bincount(split.labels, minlength=len(labels))
 
 
-def _write(folder: Path, path: Path, labels: Labels, tokenize: Callable[[Sequence[str]], list[list[int]]]) -> None:
+def _map(path: Path, dtype: type) -> np.ndarray:
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)
+
+
+def _write(
+    folder: Path, data: Dataset, name: str, labels: Labels, tokenize: Callable[[Sequence[str]], list[list[int]]]
+) -> None:
     token_lengths, label_lengths = array("q", [0]), array("q", [0])
     with (
         (folder / "tokens.bin").open("wb") as tokens_file,
         (folder / "labels.bin").open("wb") as labels_file,
-        tqdm(desc=f"tokenizing {path.name}", unit=" texts", disable=None) as bar,
+        tqdm(desc=f"tokenizing {name}", unit=" texts", disable=None) as bar,
     ):
-        lines = read_split(path, labels)
-        while rows := list(islice(lines, _TEXTS_AT_ONCE)):
+        texts = data.texts(name, labels)
+        while rows := list(islice(texts, _TEXTS_AT_ONCE)):
             for tokens in tokenize([text for text, _ in rows]):
                 np.array(tokens, dtype=np.int32).tofile(tokens_file)
                 token_lengths.append(len(tokens))
@@ -97,3 +126,6 @@ def _write(folder: Path, path: Path, labels: Labels, tokenize: Callable[[Sequenc
             bar.update(len(rows))
     np.cumsum(token_lengths, dtype=np.int64).tofile(folder / "token_starts.bin")
     np.cumsum(label_lengths, dtype=np.int64).tofile(folder / "label_starts.bin")
+    pairs = data.filtered(name, labels)
+    pairs.labels.tofile(folder / "filtered.bin")
+    pairs.starts(len(label_lengths) - 1).tofile(folder / "filtered_starts.bin")

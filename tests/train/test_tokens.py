@@ -6,19 +6,24 @@ import torch
 
 from models.encoder import Encoder, EncoderConfig
 from tests.train.tasks import N_LABELS
-from train.data import read_labels, read_split
+from train.data import Dataset
 from train.inputs import PooledInputs, TextInputs
 from train.tokens import label_counts, load_split
 
 
 @pytest.fixture(scope="module")
-def labels(task):
-    return read_labels(task / "labels.jsonl.gz")
+def data(task):
+    return Dataset(task)
 
 
 @pytest.fixture(scope="module")
-def texts(task, labels):
-    return list(read_split(task / "train.jsonl", labels))
+def labels(data):
+    return data.labels()
+
+
+@pytest.fixture(scope="module")
+def texts(data, labels):
+    return list(data.texts("train", labels))
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +33,8 @@ def encoder(texts):
 
 
 @pytest.fixture
-def split(task, labels, encoder, tmp_path):
-    return load_split(task / "train.jsonl", labels, ["key"], encoder.tokenize, tmp_path)
+def split(data, labels, encoder, tmp_path):
+    return load_split(data, "train", labels, ["key"], encoder.tokenize, tmp_path)
 
 
 def test_a_split_holds_the_tokens_and_labels_of_each_text(split, texts, encoder, labels):
@@ -49,20 +54,20 @@ def test_a_split_holds_the_tokens_and_labels_of_each_text(split, texts, encoder,
     assert counts[3] == sum(3 in positions for _, positions in texts)
 
 
-def test_tokens_are_made_once_and_mapped(task, labels, encoder, tmp_path, split):
+def test_tokens_are_made_once_and_mapped(data, labels, encoder, tmp_path, split):
     def never(texts):
         raise AssertionError("tokenized again")
 
-    again = load_split(task / "train.jsonl", labels, ["key"], never, tmp_path)
+    again = load_split(data, "train", labels, ["key"], never, tmp_path)
     assert isinstance(again.tokens, np.memmap)
     assert (again.tokens == split.tokens).all()
     assert again.key == split.key
     with pytest.raises(AssertionError, match="tokenized again"):
-        load_split(task / "train.jsonl", labels, ["another key"], never, tmp_path)
+        load_split(data, "train", labels, ["another key"], never, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [f"tokens-{split.key}"], "a failure leaves nothing behind"
 
 
-def test_a_cache_that_another_process_made_first_is_taken(task, labels, encoder, tmp_path, split):
+def test_a_cache_that_another_process_made_first_is_taken(data, labels, encoder, tmp_path, split):
     cache = tmp_path / "shared"
 
     def slow(texts):
@@ -70,7 +75,7 @@ def test_a_cache_that_another_process_made_first_is_taken(task, labels, encoder,
             os.symlink(next(tmp_path.glob("tokens-*")), cache / f"tokens-{split.key}")
         return encoder.tokenize(texts)
 
-    late = load_split(task / "train.jsonl", labels, ["key"], slow, cache)
+    late = load_split(data, "train", labels, ["key"], slow, cache)
     assert (late.tokens == split.tokens).all()
     assert [path.name for path in cache.iterdir()] == [f"tokens-{split.key}"]
 

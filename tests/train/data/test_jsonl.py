@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.train.tasks import QUICK, command, run, write_jsonl
-from train.data import read_labels, read_split
+from train.data import Dataset
 
 LABELS = [{"id": "a", "name": "first"}, {"id": "b"}]
 GOOD = {"text": "some words", "labels": ["b", "a", "b"]}
@@ -34,11 +34,12 @@ def assert_refused(data: Path, capsys: pytest.CaptureFixture[str], where: str, r
     assert not (out / "config.json").exists()
 
 
-@pytest.mark.parametrize("name", ["some.jsonl", "some.jsonl.gz"])
-def test_plain_and_gzipped_files_are_read(tmp_path, data, name):
-    labels = read_labels(data / "labels.jsonl")
-    path = write_jsonl(tmp_path / name, [GOOD, {"text": "Größe", "labels": []}])
-    (text, positions), (second, none) = read_split(path, labels)
+@pytest.mark.parametrize("name", ["dev.jsonl", "dev.jsonl.gz"])
+def test_plain_and_gzipped_files_are_read(data, name):
+    write_jsonl(data / name, [GOOD, {"text": "Größe", "labels": []}])
+    dataset = Dataset(data)
+    labels = dataset.labels()
+    (text, positions), (second, none) = dataset.texts("dev", labels)
     assert (text, second) == ("some words", "Größe")
     assert positions.tolist() == [0, 1]
     assert positions.dtype == np.int32
