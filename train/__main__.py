@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from train import settings
@@ -19,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     from train.data import DataError
     from train.interrupt import StoppedError
     from train.prepare import prepare
+    from train.tensorboard import Events
     from train.trainer import DivergedError
 
     run = Run(Path(given["out"]))
@@ -30,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
                 run.refuse_to_overwrite()
         else:
             chosen = settings.resumed(stored["settings"], given)
-        prepare(chosen, run).run()
+        trainer = prepare(chosen, run)
+        with closing(Events(run.folder / "tensorboard", run.log)):
+            trainer.run()
     except (settings.SettingsError, DataError, EncoderError, HeadError, CheckpointError, OSError) as error:
         return _fail(str(error), 2)
     except DivergedError as error:

@@ -20,15 +20,14 @@ _TEXTS_AT_ONCE = 128
 
 
 def evaluate(
-    encoder: Encoder, head: Head, inputs: Inputs, weights: np.ndarray, *, limit: int, name: str, interrupt: Interrupt
-) -> dict[str, float]:
-    """Metrics of the exact top 10 on `limit` of the texts that have labels (0 for all); `weights` are 1/propensity [L].
+    encoder: Encoder, head: Head, inputs: Inputs, meter: Meter, *, limit: int, name: str, interrupt: Interrupt
+) -> None:
+    """Shows `meter` the exact top 10 of `limit` of the texts that have labels (0 for all).
 
     Raises StoppedError on a signal, and FloatingPointError when embeddings or scores are not finite.
     """
     labelled = np.flatnonzero(np.diff(inputs.split.label_starts))
     chosen = labelled[sample(len(labelled), limit)]
-    meter = Meter(weights)
     encoder.eval()
     with (
         torch.inference_mode(),
@@ -44,7 +43,6 @@ def evaluate(
             meter.update(without(ranked, filtered), inputs.split.labels_of(rows))
             bar.update(len(rows))
             interrupt.check()
-    return meter.result()
 
 
 def without(ranked: np.ndarray, filtered: Sequence[np.ndarray]) -> np.ndarray:

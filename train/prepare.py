@@ -20,6 +20,7 @@ from train.metrics import inverse_propensities
 from train.model import new_encoder, new_head
 from train.runs import Run
 from train.settings import Settings, SettingsError
+from train.stages import Stages
 from train.tokens import Split, label_counts, load_split
 from train.trainer import Trainer
 
@@ -36,33 +37,39 @@ def prepare(settings: Settings, run: Run) -> Trainer:
     cpu.set_threads(threads)
     torch.set_num_threads(threads)
 
-    data = Dataset(Path(settings.data), titles_only=settings.titles_only)
-    hashes = data.hashes()
-    _check_unchanged(run, hashes)
-    labels = data.labels()
+    stages = Stages()
+    with stages("reading"):
+        data = Dataset(Path(settings.data), titles_only=settings.titles_only)
+        hashes = data.hashes()
+        _check_unchanged(run, hashes)
+        labels = data.labels()
     folder = checkpoint.latest(run.checkpoints)
-    if folder is None:
-        encoder, head, progress = new_encoder(settings, data, labels), None, checkpoint.Progress()
-    else:
-        encoder, head, progress = checkpoint.load_model(folder)
+    with stages("model"):
+        if folder is None:
+            encoder, head, progress = new_encoder(settings, data, labels), None, checkpoint.Progress()
+        else:
+            encoder, head, progress = checkpoint.load_model(folder)
 
     cache = Path(settings.cache) if settings.cache else run.folder / "cache"
     reading = [f"titles only: {settings.titles_only}", f"{settings.max_length} {encoder.tokenizer.to_str()}"]
-    splits = {
-        name: load_split(data, name, labels, [hashes[name], hashes["labels"], *reading], encoder.tokenize, cache)
-        for name in data.splits
-    }
-    counts = label_counts(splits["train"], labels)
+    with stages("tokenization"):
+        splits = {
+            name: load_split(data, name, labels, [hashes[name], hashes["labels"], *reading], encoder.tokenize, cache)
+            for name in data.splits
+        }
+        counts = label_counts(splits["train"], labels)
     if head is None:
-        head = new_head(settings, encoder.width, counts, len(splits["train"]))
+        with stages("model"):
+            head = new_head(settings, encoder.width, counts, len(splits["train"]))
 
-    inputs: dict[str, Inputs] = {
-        name: PooledInputs(encoder, split, cache, name) if settings.freeze_encoder else TextInputs(encoder, split)
-        for name, split in splits.items()
-    }
+    with stages("embedding"):
+        inputs: dict[str, Inputs] = {
+            name: PooledInputs(encoder, split, cache, name) if settings.freeze_encoder else TextInputs(encoder, split)
+            for name, split in splits.items()
+        }
     weights = inverse_propensities(counts, len(splits["train"]), a=settings.propensity_a, b=settings.propensity_b)
     evaluations = {name: each for name, each in inputs.items() if name != "train"}
-    trainer = Trainer(settings, encoder, head, inputs["train"], evaluations, weights, run.checkpoints, run.log)
+    trainer = Trainer(settings, encoder, head, inputs["train"], evaluations, counts, weights, run.checkpoints, run.log, stages)
     if folder is not None:
         trainer.restore(folder, progress)
 

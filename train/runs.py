@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,40 @@ _BEFORE_CONFIG = {"cache", "labels.jsonl", "heldout.jsonl"}  # what a run that f
 
 
 class Log:
-    """metrics.jsonl, a line per log interval and per evaluation."""
+    """metrics.jsonl, a line per log interval, evaluation, rewiring and stage: objects with "kind" and "step"."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._followers: list[Callable[[dict[str, Any]], None]] = []
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows so far, up to one that a killed process was writing; none when there is no file."""
+        rows = []
+        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else ():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def follow(self, follower: Callable[[dict[str, Any]], None]) -> None:
+        """Calls `follower` with each row that is written from now on."""
+        self._followers.append(follower)
 
     def write(self, row: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        for follower in self._followers:
+            follower(row)
 
     def cut(self, step: int, evaluation_due: bool) -> None:
         """Drops lines about what comes after `step` steps, so that going on from there writes none twice."""
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True) if self._path.exists() else ():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # a killed process was writing it
-                break
-            if row["step"] < step or (row["step"] == step and not (evaluation_due and row["kind"] == "eval")):
-                kept.append(line)
-        write_text(self._path, "".join(kept))
+        kept = (
+            row
+            for row in self.rows()
+            if row["step"] < step or (row["step"] == step and not (evaluation_due and row["kind"] == "eval"))
+        )
+        write_text(self._path, _lines(kept))
 
 
 class Run:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +22,12 @@ from train.encoding import Encoding
 from train.evaluation import evaluate
 from train.inputs import Inputs
 from train.interrupt import Interrupt
+from train.metrics import Meter
 from train.runs import Log
 from train.settings import Settings
+from train.stages import Stages, peak_memory_mb
+
+_SHOWN = ("P@1", "P@3", "P@5", "PSP@1", "PSP@5", "nDCG@5", "recall@10", "macro-F1@5", "coverage@5")  # after each epoch
 
 
 class DivergedError(RuntimeError):
@@ -45,17 +47,21 @@ class Trainer:
         head: Head,
         inputs: Inputs,
         evaluations: dict[str, Inputs],
+        label_counts: np.ndarray,
         propensity_weights: np.ndarray,
         checkpoints: Path,
         log: Log,
+        stages: Stages,
     ) -> None:
         self._settings = settings
         self._inputs = inputs
         self._encoding = Encoding(inputs, settings.micro_batch)
         self._evaluations = evaluations
+        self._counts = label_counts
         self._weights = propensity_weights
         self._checkpoints = checkpoints
         self._log = log
+        self._stages = stages
         self._located = head.slots()
         self._optimizer = Optimizer(settings.head_optimizer, settings.head_lr)
         moments = [self._optimizer.moments(block) for block in head.blocks]
@@ -80,9 +86,11 @@ class Trainer:
         """Trains to the end, with a checkpoint and an evaluation after each epoch. StoppedError, DivergedError."""
         progress = self._state.progress
         self._clock = time.monotonic() - progress.seconds
+        self._stages.log_to(self._log, progress)
         with self._interrupt:
             while progress.epoch < self._settings.epochs:
-                self._train_epoch()
+                with self._stages("training"):
+                    self._train_epoch()
                 self._save()
                 self._evaluate_epoch()
                 progress.epoch, progress.batch = progress.epoch + 1, 0
@@ -148,25 +156,29 @@ class Trainer:
         names = list(self._evaluations)
         for name in names if last else names[:1]:
             started = time.monotonic()
-            metrics = self._evaluate(name)
+            with self._stages("evaluation"):
+                meter = self._evaluate(name)
+            metrics = meter.result()
             seconds = time.monotonic() - started
             where = {"step": progress.step, "epoch": progress.epoch + 1}
-            self._log.write({"kind": "eval", "split": name, **where, **metrics, "seconds": round(seconds, 3)})
-            tqdm.write(
-                f"epoch {progress.epoch + 1}/{settings.epochs} {name}: " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+            self._log.write(
+                {"kind": "eval", "split": name, **where, **metrics, "deciles": meter.deciles(), "seconds": round(seconds, 3)}
             )
+            shown = "  ".join(f"{metric} {metrics[metric]:.4f}" for metric in _SHOWN)
+            tqdm.write(f"epoch {progress.epoch + 1}/{settings.epochs} {name}: {shown}")
             if name == names[0] and metrics["P@1"] > progress.best.get("P@1", -1):
                 progress.best = where | metrics
 
-    def _evaluate(self, name: str) -> dict[str, float]:
-        state = self._state
+    def _evaluate(self, name: str) -> Meter:
+        state, meter = self._state, Meter(self._weights, self._counts)
         try:
-            return evaluate(
-                state.encoder, state.head, self._evaluations[name], self._weights,
+            evaluate(
+                state.encoder, state.head, self._evaluations[name], meter,
                 limit=self._settings.limit_eval, name=name, interrupt=self._interrupt,
             )  # fmt: skip
         except FloatingPointError as error:
             raise self._diverged(str(error)) from error
+        return meter
 
     def _log_training(self, scale: float, texts_per_s: float) -> None:
         settings, progress = self._settings, self._state.progress
@@ -187,7 +199,8 @@ class Trainer:
 
     def _save(self) -> None:
         self._state.progress.seconds = time.monotonic() - self._clock
-        checkpoint.save(self._state, self._checkpoints, self._settings.keep)
+        with self._stages("checkpoint"):
+            checkpoint.save(self._state, self._checkpoints, self._settings.keep)
 
     def _diverged(self, reason: str) -> DivergedError:
         progress = self._state.progress
@@ -195,9 +208,3 @@ class Trainer:
             f"training diverged at step {progress.step + 1} (epoch {progress.epoch + 1}): {reason}. "
             "Start again with lower learning rates (--head-lr, --encoder-lr, --intermediate-lr) or a lower --clip-norm"
         )
-
-
-def peak_memory_mb() -> float:
-    """The most memory that this process has held so far, in MB (10⁶ bytes)."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)

@@ -99,7 +99,7 @@ def test_the_run_directory_holds_what_the_design_says(tmp_path):
     out = tmp_path / "run"
     assert run(data, out, *QUICK, "--epochs", "3", "--eval-every", "2", "--limit-eval", "20", "--keep", "2") == 0
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "labels.jsonl", "heldout.jsonl", "checkpoints", "cache",
+        "config.json", "metrics.jsonl", "labels.jsonl", "heldout.jsonl", "checkpoints", "cache", "tensorboard",
     }  # fmt: skip
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000014", "step-00000021"]
     assert {path.name for path in (out / "checkpoints" / "step-00000021").iterdir()} == {
@@ -126,9 +126,14 @@ def test_the_run_directory_holds_what_the_design_says(tmp_path):
     for row in rows:
         if row["kind"] == "eval":
             assert {"P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@3", "PSP@5", "recall@10", "seconds"} <= row.keys()
-        else:
+            assert {"macro-F1@5", "coverage@5", "PSnDCG@5"} <= row.keys()
+            assert sum(decile["P@5"] for decile in row["deciles"]) == pytest.approx(row["P@5"])
+            assert sum(decile["labels"] for decile in row["deciles"]) == N_LABELS
+        elif row["kind"] == "train":
             assert {"loss", "encoder_lr", "head_lr", "texts_per_s", "peak_memory_mb", "seconds"} <= row.keys()
     assert [row["step"] for row in rows if row["kind"] == "train"] == [5, 7, 10, 14, 15, 20, 21]
+    stages = {row["stage"] for row in rows if row["kind"] == "stage"}
+    assert stages >= {"reading", "model", "tokenization", "embedding", "training", "checkpoint", "evaluation"}
     best = json.loads((out / "checkpoints" / "step-00000021" / "trainer.json").read_text())["best"]
     assert best["P@1"] == max(row["P@1"] for row in rows if row.get("split") == "dev")
 
