@@ -9,8 +9,8 @@ Dimensions: D head input width, L labels, K fan-in, G group size, N groups in a 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -95,6 +95,11 @@ class Block:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.buffers.values())
+
+    def part(self, groups: slice) -> Block:
+        """The block of these groups alone, a view: it has no memory of its own."""
+        buffers: dict[str, Any] = {name: array[groups] for name, array in self.buffers.items()}
+        return replace(self, **buffers)
 
     def validate(self) -> None:
         """Reads every buffer; raises HeadError at the first bad index, duplicate, non-finite number or label id."""

@@ -19,8 +19,8 @@ from torch import Tensor
 from models.checkpoint import load_head, save_head
 from models.encoder import Encoder
 from models.head import Head
-from models.kernels import Moments
 from train.files import atomic_folder, remove_folder, remove_leftovers, write_text
+from train.head import HeadTraining
 
 _RNG = "torch.rng"
 
@@ -47,12 +47,11 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """All that a checkpoint holds. `moments` has one entry per block; `optimizer` is the encoder's, None if it is frozen."""
+    """All that a checkpoint holds. `optimizer` is the encoder's, None if it is frozen."""
 
     encoder: Encoder
-    head: Head
+    training: HeadTraining
     optimizer: torch.optim.Optimizer | None
-    moments: list[Moments]
     progress: Progress
 
 
@@ -68,7 +67,7 @@ def save(state: State, checkpoints: Path, keep: int) -> Path:
     if not target.is_dir():
         with atomic_folder(target) as folder:
             state.encoder.save(folder / "encoder")
-            save_head(state.head, folder / "head.safetensors")
+            save_head(state.training.head, folder / "head.safetensors")
             save_file(_tensors(state), folder / "trainer.safetensors")
             _write_progress(state.progress, folder)
     for old in sorted(checkpoints.glob("step-*"), key=_step)[:-keep]:
@@ -92,7 +91,7 @@ def load_model(checkpoint: Path) -> tuple[Encoder, Head, Progress]:
 
 
 def restore(state: State, checkpoint: Path) -> None:
-    """Sets optimizer, moments and torch's random state to those of the checkpoint; CheckpointError names a bad file."""
+    """Sets optimizers, their moments and torch's random state to those of the checkpoint; CheckpointError names a bad file."""
     path = checkpoint / "trainer.safetensors"
     try:
         stored = load_file(path)
@@ -107,7 +106,7 @@ def restore(state: State, checkpoint: Path) -> None:
     current = _tensors(state)
     if current.keys() != stored.keys() or any(current[name].shape != stored[name].shape for name in current):
         raise CheckpointError(f"{path}: does not fit the encoder and head beside it")
-    for name, tensor in _moment_tensors(state.moments).items():
+    for name, tensor in state.training.tensors().items():
         tensor.copy_(stored[name])
     torch.set_rng_state(stored[_RNG])
 
@@ -121,21 +120,11 @@ def _write_progress(progress: Progress, folder: Path) -> None:
 
 
 def _tensors(state: State) -> dict[str, Tensor]:
-    tensors = {_RNG: torch.get_rng_state()} | _moment_tensors(state.moments)
+    tensors = {_RNG: torch.get_rng_state()} | state.training.tensors()
     if state.optimizer is not None:
         for name, parameter in _trained(state):
             tensors |= {f"encoder.{name}.{key}": value for key, value in state.optimizer.state[parameter].items()}
     return tensors
-
-
-def _moment_tensors(moments: list[Moments]) -> dict[str, Tensor]:
-    """The moments' own memory as tensors, "<block>.values.<n>" and "<block>.bias.<n>"."""
-    return {
-        f"head.{i}.{name}.{n}": torch.from_numpy(array)
-        for i, block in enumerate(moments)
-        for name, arrays in (("values", block.values), ("bias", block.bias))
-        for n, array in enumerate(arrays)
-    }
 
 
 def _trained(state: State) -> list[tuple[str, torch.nn.Parameter]]:

@@ -51,24 +51,31 @@ class PooledInputs:
         self.split = split
         self.lengths = np.zeros(len(split), dtype=np.int64)  # embeddings are all as long
         self._encoder = encoder
-        folder = cache / f"pooled-{split.key}-{_fingerprint(encoder)}"
-        shape = (len(split), encoder.embedding_width)
-        if not folder.is_dir():
-            with atomic_folder(folder) as temporary:
-                _embed_all(encoder, split, np.memmap(temporary / "pooled.bin", np.float32, "w+", shape=shape), name)
-        self._pooled = np.memmap(folder / "pooled.bin", np.float32, "r", shape=shape)
+        self._pooled = pooled_embeddings(encoder, split, cache, name)
 
     def embed(self, rows: np.ndarray) -> Tensor:
         return self._encoder.project(torch.tensor(self._pooled[rows]))
 
 
-def _embed_all(encoder: Encoder, split: Split, out: np.memmap, name: str) -> None:
+def pooled_embeddings(encoder: Encoder, split: Split, cache: Path, name: str) -> np.memmap:
+    """The encoder's pooled embeddings of all texts, fp32 [n, H]: from `cache` if they are there, else made and put there."""
+    folder = cache / f"pooled-{split.key}-{_fingerprint(encoder)}"
+    shape = (len(split), encoder.embedding_width)
+    if not folder.is_dir():
+        with atomic_folder(folder) as temporary:
+            out = np.memmap(temporary / "pooled.bin", np.float32, "w+", shape=shape)
+            embed_texts(encoder, split, out, name)
+            out.flush()
+    return np.memmap(folder / "pooled.bin", np.float32, "r", shape=shape)
+
+
+def embed_texts(encoder: Encoder, split: Split, out: np.ndarray, name: str) -> None:
+    """Fills `out` fp32 [n, H] with the pooled embeddings of all texts."""
     encoder.eval()
     with torch.inference_mode(), tqdm(total=len(split), desc=f"embedding {name}", unit=" texts", disable=None) as bar:
         for rows in batches_by_length(split.lengths, _TEXTS_AT_ONCE):
             out[rows] = encoder.pooled(*split.padded(rows, encoder.pad_id)).numpy()
             bar.update(len(rows))
-    out.flush()
 
 
 def _fingerprint(encoder: Encoder) -> str:

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from models.encoder import Encoder, EncoderConfig
-from models.head import Block, Connectivity, Head
+from models.head import Block, Head
 from models.kernels import Loss
 from train.data import Dataset, Labels
-from train.labels import group_labels
+from train.grouping import Order
 from train.settings import Settings
+from train.tiers import split_by_frequency
 
 _VOCABULARY_TEXTS = 500_000  # more hardly change a vocabulary, and they are held in memory
 
@@ -40,27 +41,21 @@ def new_encoder(settings: Settings, data: Dataset, labels: Labels) -> Encoder:
     )
 
 
-def new_head(settings: Settings, width: int, counts: np.ndarray, n_texts: int) -> Head:
-    """A head over labels with `counts` int [L] of `n_texts` training texts: the most frequent ones in a dense block.
+def new_head(settings: Settings, width: int, counts: np.ndarray, n_texts: int, order: Order) -> Head:
+    """A head over labels with `counts` int [L] of `n_texts` training texts, a block for each tier; `order` fills the groups.
 
     Weights and indices are drawn from the seed; each bias starts at its label's prior. HeadError when the fan-in does not fit.
     """
     rng = np.random.default_rng(settings.seed)
-    order = group_labels(counts)
-    dense = (
-        len(order)
-        if settings.connectivity == "dense"
-        else _whole_groups(settings.dense_labels * len(order), settings.group_size)
-    )
-    parts: list[tuple[np.ndarray, Connectivity]] = [(order[:dense], "dense"), (order[dense:], settings.connectivity)]
+    tiers = settings.head_tiers
     blocks = []
-    for labels, connectivity in parts:
+    for tier, labels in zip(tiers, split_by_frequency(counts, tiers, settings.group_size), strict=True):
         if len(labels):
             block = Block.random(
-                labels,
+                order(labels),
                 width=width,
-                connectivity=connectivity,
-                fan_in=settings.fan_in,
+                connectivity="dense" if tier.fan_in is None else settings.connectivity,
+                fan_in=tier.fan_in or width,
                 group_size=settings.group_size,
                 dtype=settings.head_dtype,
                 rng=rng,
@@ -68,7 +63,7 @@ def new_head(settings: Settings, width: int, counts: np.ndarray, n_texts: int) -
             real = block.label_ids >= 0
             block.bias[real] = prior_bias(counts[block.label_ids[real]], n_texts, settings.loss)
             blocks.append(block)
-    return Head(width, len(order), tuple(blocks))
+    return Head(width, len(counts), tuple(blocks))
 
 
 def prior_bias(counts: np.ndarray, n_texts: int, loss: Loss) -> np.ndarray:
@@ -78,8 +73,3 @@ def prior_bias(counts: np.ndarray, n_texts: int, loss: Loss) -> np.ndarray:
     """
     p = (counts + 0.5) / (n_texts + 1)
     return (np.log(p / (1 - p)) if loss == "bce" else 2 * p - 1).astype(np.float32)
-
-
-def _whole_groups(labels: float, group_size: int) -> int:
-    """`labels` rounded up to whole groups, which cost as much memory."""
-    return int(np.ceil(labels / group_size)) * group_size

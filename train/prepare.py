@@ -15,6 +15,8 @@ from models.kernels import cpu
 from train import checkpoint
 from train.data import Dataset, Labels
 from train.evaluation import sample
+from train.grouping import new_order
+from train.head import HeadTraining
 from train.inputs import Inputs, PooledInputs, TextInputs
 from train.metrics import inverse_propensities
 from train.model import new_encoder, new_head
@@ -59,8 +61,9 @@ def prepare(settings: Settings, run: Run) -> Trainer:
         }
         counts = label_counts(splits["train"], labels)
     if head is None:
-        with stages("model"):
-            head = new_head(settings, encoder.width, counts, len(splits["train"]))
+        with stages("grouping"):
+            order = new_order(settings, encoder, splits["train"], labels, cache)
+            head = new_head(settings, encoder.width, counts, len(splits["train"]), order)
 
     with stages("embedding"):
         inputs: dict[str, Inputs] = {
@@ -69,7 +72,11 @@ def prepare(settings: Settings, run: Run) -> Trainer:
         }
     weights = inverse_propensities(counts, len(splits["train"]), a=settings.propensity_a, b=settings.propensity_b)
     evaluations = {name: each for name, each in inputs.items() if name != "train"}
-    trainer = Trainer(settings, encoder, head, inputs["train"], evaluations, counts, weights, run.checkpoints, run.log, stages)
+    positive_weights = weights.astype(np.float32) if settings.weight_positives else None
+    training = HeadTraining(head, settings, settings.steps(len(splits["train"])), positive_weights)
+    trainer = Trainer(
+        settings, encoder, training, inputs["train"], evaluations, counts, weights, run.checkpoints, run.log, stages
+    )
     if folder is not None:
         trainer.restore(folder, progress)
 

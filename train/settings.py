@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from train.tiers import Tier, parse_tiers
+
 if TYPE_CHECKING:
     from models.encoder import Pooling
     from models.head import Connectivity
@@ -69,8 +71,9 @@ def _setting(
     )
 
 
-_files, _encoder, _head, _learning, _scores, _process = (
-    partial(_setting, group) for group in ("files", "encoder", "head", "learning", "evaluation", "process")
+_files, _encoder, _head, _rewiring, _auxiliary, _learning, _scores, _process = (
+    partial(_setting, group)
+    for group in ("files", "encoder", "head", "rewiring", "auxiliary objective", "learning", "evaluation", "process")
 )
 
 
@@ -116,10 +119,52 @@ class Settings:
     dense_labels: float = _head(
         0.02, "share of the labels, the most frequent, that read all inputs: 0.02 or 2%%", _share, unit="SHARE"
     )
+    tiers: str | None = _head(
+        None,
+        "blocks of labels by training frequency, the most frequent first, each with a fan-in and a share of the labels, "
+        "as dense:2%%,128:18%%,32:80%%; takes the place of --fan-in and --dense-labels",
+        unit="TIERS",
+    )
+    grouping: Literal["similarity", "frequency", "random"] = _head(
+        "similarity",
+        "which labels of a block stand in a group: those whose training texts are alike, as frequent ones, or any",
+        choices=("similarity", "frequency", "random"),
+    )
     head_dtype: Literal["bf16", "fp32"] = _head(
         "bf16", "number format of the weights; bf16 is rounded stochastically", choices=("bf16", "fp32")
     )
     loss: Loss = _head("bce", "loss of each label", choices=("bce", "squared_hinge"))
+    label_smoothing: float = _head(0.0, "how far below 1 the target of a right label is", _share, unit="SHARE")
+    weight_positives: bool = _head(
+        False, "count a right label 1/propensity times in the loss, so that rare labels weigh more (see --propensity-a)"
+    )
+
+    rewire: Literal["off", "random", "gradient"] = _rewiring(
+        "random",
+        "while training, let the weakest inputs of each label or group give way to unused ones: drawn at random (SET) or "
+        "those with the largest gradient (RigL)",
+        choices=("off", "random", "gradient"),
+    )
+    rewire_every: int = _rewiring(300, "steps from one rewiring to the next", _count, unit="STEPS")
+    rewire_until: float = _rewiring(0.66, "share of the steps after which inputs stay as they are", _share, unit="SHARE")
+    rewire_share: float = _rewiring(
+        0.2, "share of the inputs that give way at first; falls to 0 as a cosine", _share, unit="SHARE"
+    )
+    rewire_below: float = _rewiring(
+        0.0, "instead, those whose mean |weight| is below this at first; falls to 0 as a cosine", _amount, unit="WEIGHT"
+    )
+    new_weights: Literal["zero", "random"] = _rewiring("zero", "weights of new inputs", choices=("zero", "random"))
+
+    auxiliary: float = _auxiliary(
+        0.0,
+        "weight of a dense classifier over groups of labels that helps the encoder at first, 0 for none",
+        _amount,
+        unit="WEIGHT",
+    )
+    auxiliary_until: float = _auxiliary(
+        0.3, "share of the steps after which it is dropped; its weight falls to 0 as a cosine", _share, unit="SHARE"
+    )
+    meta_classes: int = _auxiliary(1024, "groups of labels that it tells apart", _count, unit="CLASSES")
 
     epochs: int = _learning(5, "passes over the training texts", _count)
     batch_size: int = _learning(64, "texts in a step", _count, unit="B")
@@ -158,6 +203,19 @@ class Settings:
     )
     keep: int = _process(2, "checkpoints to keep, the newest", _count, unit="CHECKPOINTS", free=True)
     log_every: int = _process(50, "steps between training lines in metrics.jsonl", _count, unit="STEPS")
+
+    @property
+    def head_tiers(self) -> tuple[Tier, ...]:
+        """The tiers of the head, the most frequent labels first."""
+        if self.tiers:
+            return parse_tiers(self.tiers)
+        if self.connectivity == "dense":
+            return (Tier(None, 1.0),)
+        return (Tier(None, self.dense_labels), Tier(self.fan_in, 1 - self.dense_labels))
+
+    def steps(self, texts: int) -> int:
+        """Steps of a whole run on so many training texts."""
+        return self.epochs * -(-texts // self.batch_size)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -198,6 +256,9 @@ def new(given: dict[str, Any]) -> Settings:
     """Settings of a new run; SettingsError when they cannot work together."""
     if "data" not in given:
         raise SettingsError("--data is missing")
+    for name in ("fan_in", "dense_labels"):
+        if "tiers" in given and name in given:
+            raise SettingsError(f"--tiers takes the place of --{name.replace('_', '-')}; give one of them")
     pretrained = given.get("encoder", Settings.encoder) != "small"
     settings = Settings(**((_PRETRAINED if pretrained else {}) | given))
     _check(settings)
@@ -222,12 +283,25 @@ def resumed(stored: dict[str, Any], given: dict[str, Any]) -> Settings:
 def _check(settings: Settings) -> None:
     if settings.device != "cpu":
         raise SettingsError(f"--device {settings.device}: training on a GPU is not supported yet; use --device cpu")
+    if settings.tiers:
+        _check_tiers(settings)
+    if settings.label_smoothing == 1:
+        raise SettingsError("--label-smoothing 1 would leave no target")
     if settings.group_size % 16:
         raise SettingsError(f"--group-size {settings.group_size} is not a multiple of 16")
     if settings.dropout == 1:
         raise SettingsError("--dropout 1 would drop every input")
     if not Path(settings.data).is_dir():
         raise SettingsError(f"--data {settings.data}: no such folder")
+
+
+def _check_tiers(settings: Settings) -> None:
+    if settings.connectivity == "dense":
+        raise SettingsError("--tiers does not go with --connectivity dense")
+    try:
+        parse_tiers(settings.tiers or "")
+    except ValueError as error:
+        raise SettingsError(f"--tiers {settings.tiers}: {error}") from None
 
 
 def _help(spec: Field[Any]) -> str:

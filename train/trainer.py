@@ -11,15 +11,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from models import kernels
 from models.encoder import Encoder
-from models.head import Head
-from models.kernels import Optimizer, Positives, rounding_key
 from train import checkpoint, optimization
 from train.batches import training_batches
 from train.checkpoint import Progress, State
 from train.encoding import Encoding
 from train.evaluation import evaluate
+from train.head import HeadTraining
 from train.inputs import Inputs
 from train.interrupt import Interrupt
 from train.metrics import Meter
@@ -44,7 +42,7 @@ class Trainer:
         self,
         settings: Settings,
         encoder: Encoder,
-        head: Head,
+        training: HeadTraining,
         inputs: Inputs,
         evaluations: dict[str, Inputs],
         label_counts: np.ndarray,
@@ -62,12 +60,8 @@ class Trainer:
         self._checkpoints = checkpoints
         self._log = log
         self._stages = stages
-        self._located = head.slots()
-        self._optimizer = Optimizer(settings.head_optimizer, settings.head_lr)
-        moments = [self._optimizer.moments(block) for block in head.blocks]
-        self._state = State(encoder, head, optimization.adamw(encoder, settings), moments, Progress())
-        self._steps_per_epoch = -(-len(inputs.split) // settings.batch_size)
-        self._steps = settings.epochs * self._steps_per_epoch
+        self._steps = settings.steps(len(inputs.split))
+        self._state = State(encoder, training, optimization.adamw(encoder, settings), Progress())
         self._interrupt = Interrupt()
         self._clock = 0.0
         torch.manual_seed(settings.seed)
@@ -75,7 +69,7 @@ class Trainer:
     @property
     def moment_bytes(self) -> int:
         """Memory of the head's optimizer moments."""
-        return sum(moments.nbytes for moments in self._state.moments)
+        return sum(moments.nbytes for moments in self._state.training.moments)
 
     def restore(self, folder: Path, progress: Progress) -> None:
         """Goes on from a checkpoint whose encoder and head this trainer was made with. CheckpointError."""
@@ -126,16 +120,10 @@ class Trainer:
         x = self._encoding.embed(rows)
         if not np.isfinite(x).all():
             raise self._diverged("the encoder's output is not finite")
-        positives = Positives.of_batch(self._inputs.split.labels_of(rows), self._located, state.head)
-        optimizer = replace(self._optimizer, lr=scale * settings.head_lr)
-        loss, grad_x = 0.0, np.zeros_like(x)
-        for i, block in enumerate(state.head.blocks):
-            block_loss, block_grad = kernels.train_step(
-                x, positives[i], block, state.moments[i], loss=settings.loss, optimizer=optimizer,
-                step=progress.step + 1, key=rounding_key(settings.seed, progress.step, i),
-            )  # fmt: skip
-            loss += block_loss
-            grad_x += block_grad
+        labels = self._inputs.split.labels_of(rows)
+        for row in state.training.rewire(x, labels, progress.step):
+            self._log.write({"kind": "rewire", "step": progress.step + 1, "epoch": progress.epoch + 1, **row})
+        loss, grad_x = state.training.step(x, labels, progress.step, scale)
         if not (math.isfinite(loss) and np.isfinite(grad_x).all()):
             raise self._diverged(f"the loss is {loss}")
         if state.optimizer is not None:
@@ -173,7 +161,7 @@ class Trainer:
         state, meter = self._state, Meter(self._weights, self._counts)
         try:
             evaluate(
-                state.encoder, state.head, self._evaluations[name], meter,
+                state.encoder, state.training.head, self._evaluations[name], meter,
                 limit=self._settings.limit_eval, name=name, interrupt=self._interrupt,
             )  # fmt: skip
         except FloatingPointError as error:

@@ -14,10 +14,11 @@ from train.__main__ import main
 
 N_LABELS = 40
 # Small enough for a second or two, large enough to have several batches, groups and log lines.
-QUICK = (
-    *("--threads", "1", "--batch-size", "16", "--max-length", "16", "--log-every", "5", "--group-size", "16", "--fan-in", "16"),
+SMALL = (
+    *("--threads", "1", "--batch-size", "16", "--max-length", "16", "--log-every", "5", "--group-size", "16"),
     *("--small-width", "32", "--small-layers", "1", "--small-heads", "2", "--small-vocabulary", "300", "--intermediate", "64"),
 )
+QUICK = (*SMALL, "--fan-in", "16")
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:

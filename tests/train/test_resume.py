@@ -9,11 +9,12 @@ import time
 
 import pytest
 
-from tests.train.tasks import QUICK, assert_same_training, command, metrics, run
+from tests.train.tasks import QUICK, SMALL, assert_same_training, command, metrics, run
 from train.metrics import Meter
 from train.trainer import Trainer
 
 EPOCHS = ("--epochs", "3")
+REWIRED = ("--rewire-every", "4", "--auxiliary", "0.5", "--meta-classes", "3")
 STEPS_PER_EPOCH = 19
 
 
@@ -24,12 +25,15 @@ STEPS_PER_EPOCH = 19
         ("--dense-labels", "0.3", "--connectivity", "private", "--head-optimizer", "momentum", "--loss", "squared_hinge"),
         ("--freeze-encoder", "--head-dtype", "fp32"),
         ("--freeze-encoder", "--intermediate", "0", "--head-optimizer", "sgd"),
+        (*REWIRED, "--tiers", "dense:20%,16:40%,8:40%", "--rewire", "gradient", "--rewire-share", "0.5"),
+        (*REWIRED, "--connectivity", "private", "--rewire-below", "0.3", "--new-weights", "random", "--weight-positives"),
     ],
-    ids=["end to end", "private and dense", "frozen", "head alone"],
+    ids=["end to end", "private and dense", "frozen", "head alone", "rewired by gradient", "rewired below a threshold"],
 )
 def test_resuming_equals_not_stopping(task, tmp_path, flags):
     whole = tmp_path / "whole"
-    assert run(task, whole, *QUICK, *EPOCHS, *flags, "--checkpoint-every", "7", "--keep", "100") == 0
+    flags = (*(SMALL if "--tiers" in flags else QUICK), *EPOCHS, *flags)
+    assert run(task, whole, *flags, "--checkpoint-every", "7", "--keep", "100") == 0
     steps = sorted(int(path.name[5:]) for path in (whole / "checkpoints").iterdir())
     assert steps == [7, 14, 19, 21, 28, 35, 38, 42, 49, 56, 57]
     for step in (7, 19, 28):  # within the first epoch, at an epoch's end, within the second
@@ -128,8 +132,8 @@ for moment in moments:
 def test_kill_during_a_checkpoint_loses_nothing(task, tmp_path):
     whole, part = tmp_path / "whole", tmp_path / "part"
     often = ("--checkpoint-every", "5", "--keep", "1")
-    assert run(task, whole, *QUICK, *EPOCHS) == 0
-    flags = ["--data", str(task), "--out", str(part), *QUICK, *EPOCHS, *often]
+    assert run(task, whole, *QUICK, *EPOCHS, *REWIRED) == 0
+    flags = ["--data", str(task), "--out", str(part), *QUICK, *EPOCHS, *REWIRED, *often]
     # A checkpoint is some ten flushes: these die within the first, in the rename's wake, and within later ones.
     moments = (1, 4, 9, 10, 11, 12, 13, 17, 25, 2)
     done = subprocess.run(
@@ -137,7 +141,7 @@ def test_kill_during_a_checkpoint_loses_nothing(task, tmp_path):
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.stdout.split().count(str(-signal.SIGKILL)) >= 8, done.stdout + done.stderr
-    assert run(task, part, *QUICK, *EPOCHS, "--resume", *often) == 0
+    assert run(task, part, *QUICK, *EPOCHS, *REWIRED, "--resume", *often) == 0
     assert_same_training(whole, part)
     assert not list((part / "checkpoints").glob(".*"))
     assert len(list((part / "checkpoints").iterdir())) == 1
@@ -146,7 +150,7 @@ def test_kill_during_a_checkpoint_loses_nothing(task, tmp_path):
 @pytest.mark.slow
 def test_a_real_process_is_stopped_killed_and_continued(task, tmp_path):
     whole, part = tmp_path / "whole", tmp_path / "part"
-    long = ("--epochs", "12", "--checkpoint-every", "6")
+    long = ("--epochs", "12", "--checkpoint-every", "6", *REWIRED)
     assert run(task, whole, *QUICK, *long) == 0
 
     def start(*flags):

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from tests.train.tasks import QUICK, run
+from tests.train.tasks import QUICK, SMALL, run
 from train import settings
 from train.settings import Settings
 
@@ -63,6 +63,11 @@ def test_a_bad_flag_is_named(capsys, flags, message):
     [
         (["--group-size", "24"], "--group-size 24 is not a multiple of 16"),
         (["--device", "cuda"], "--device cuda: training on a GPU is not supported yet"),
+        (["--tiers", "dense:2%,16:90%"], "--tiers dense:2%,16:90%: the shares add up to 92%, not 100%"),
+        (["--tiers", "16:100%", "--fan-in", "16"], "--tiers takes the place of --fan-in; give one of them"),
+        (["--tiers", "16:100%", "--dense-labels", "0"], "--tiers takes the place of --dense-labels; give one of them"),
+        (["--tiers", "16:100%", "--connectivity", "dense"], "--tiers does not go with --connectivity dense"),
+        (["--label-smoothing", "1"], "--label-smoothing 1 would leave no target"),
         (["--dropout", "1"], "--dropout 1 would drop every input"),
         (["--fan-in", "65"], "fan-in is 65, must be 1 to the width 64"),
         (["--intermediate", "70000"], "intermediate is 70000"),
@@ -72,7 +77,7 @@ def test_a_bad_flag_is_named(capsys, flags, message):
     ],
 )
 def test_settings_that_cannot_work_are_named(task, tmp_path, capsys, flags, message):
-    assert run(task, tmp_path / "run", *QUICK, *flags) == 2
+    assert run(task, tmp_path / "run", *SMALL, *flags) == 2
     assert message in capsys.readouterr().err
 
 
