@@ -30,7 +30,6 @@ class Dataset:
     def __init__(self, folder: Path, *, titles_only: bool = False) -> None:
         """DataError when the format is not clear, or files are missing. `titles_only`: see LabelFeatures."""
         self.folder = folder
-        self._titles_only = titles_only
         self._format = _recognise(folder, titles_only)
         self.format = self._format.title
         self.splits: list[str] = [split for split in ("train", "dev", "test") if split in self._format.files]
@@ -47,7 +46,10 @@ class Dataset:
 
     def labels(self) -> Labels:
         """All labels; DataError when there is none."""
-        return self._format.labels()
+        labels = self._format.labels()
+        if not len(labels):
+            raise DataError(f"{self.files('labels')[0]}: holds no label")
+        return labels
 
     def filtered(self, split: str, labels: Labels) -> Filter:
         """Pairs of text and label that are neither right nor wrong."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import ClassVar
 
-from train.data.contract import DataError, Labels
+from train.data.contract import Labels
 from train.data.files import fault, find_splits, lines, require
 
 # As Renee and DEXML name them, and as NGAME and OAK do; in a folder of their own or beside the label files.
@@ -37,8 +38,6 @@ class IndexedText:
         labels = Labels()
         for line, text in lines(path):
             labels.add(str(line - 1), text.strip())
-        if not labels.ids:
-            raise DataError(f"{path}: holds no label")
         return labels
 
     def texts(self, split: str, labels: Labels) -> Iterator[tuple[str, set[int]]]:
@@ -73,6 +72,8 @@ def _positions(path: Path, number: int, line: str, n_labels: int) -> set[int]:
         index, _, value = pair.partition(":")
         try:
             label, relevance = int(index), float(value)
+            if not math.isfinite(relevance):
+                raise ValueError
         except ValueError:
             raise fault(path, number, f"{pair!r} is not label:value") from None
         if not 0 <= label < n_labels:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from train.data.contract import DataError, Labels
+from train.data.contract import Labels
 from train.data.files import check_unicode, fault, find_splits, json_rows, require
 
 
@@ -37,8 +37,6 @@ class JsonLines:
                 labels.add(label, name)
             except ValueError as error:
                 raise fault(path, line, str(error)) from None
-        if not labels.ids:
-            raise DataError(f"{path}: holds no label")
         return labels
 
     def texts(self, split: str, labels: Labels) -> Iterator[tuple[str, set[int]]]:

@@ -44,7 +44,7 @@ class Parquet(Tables):
 
     def _features(self, path: Path) -> dict[str, Any]:
         described = (_schema(path).metadata or {}).get(b"huggingface")
-        return dict(json.loads(described)["info"]["features"]) if described else {}
+        return dict(json.loads(described).get("info", {}).get("features") or {}) if described else {}
 
 
 def _schema(path: Path) -> pa.Schema:

@@ -7,7 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import ClassVar
 
-from train.data.contract import DataError, Labels
+from train.data.contract import Labels
 from train.data.files import fault, find, find_splits, lines, require
 
 
@@ -37,8 +37,6 @@ class RawText:
                 for label in line.split():
                     if label not in labels.position:
                         labels.add(label, label)
-        if not labels.ids:
-            raise DataError(f"{self.files['labels'][0]}: holds no label")
         return labels
 
     def texts(self, split: str, labels: Labels) -> Iterator[tuple[str, set[int]]]:

@@ -38,13 +38,13 @@ class Tables(ABC):
         if "labels" in self.files:
             self._add_table(labels)
         elif names := self._class_names("train"):
+            if len(set(names)) < len(names):
+                raise DataError(f"{self.files['train'][0]}: two names of the ClassLabel are the same")
             for name in names:
                 labels.add(name, name)
         else:
             for split in self.files:
                 self._add_strings(labels, split)
-        if not labels.ids:
-            raise DataError(f"{next(iter(self.files.values()))[0]}: holds no label")
         return labels
 
     def texts(self, split: str, labels: Labels) -> Iterator[tuple[str, set[int]]]:
@@ -55,7 +55,7 @@ class Tables(ABC):
             positions = set()
             for label in found:
                 known = names[label] if isinstance(label, int) and 0 <= label < len(names) else label
-                if known not in labels.position:
+                if not isinstance(known, str) or known not in labels.position:
                     raise DataError(f"{where}: unknown label {label!r}")
                 positions.add(labels.position[known])
             yield text, positions
@@ -79,10 +79,9 @@ class Tables(ABC):
                     raise DataError(f'{path}: row {row}: needs an "id" that is a string')
                 if name is not None and not isinstance(name, str):
                     raise DataError(f'{path}: row {row}: "name" is not a string')
-                try:
-                    labels.add(label, name or label)
-                except ValueError as error:
-                    raise DataError(f"{path}: row {row}: {error}") from None
+                if label in labels.position:
+                    raise DataError(f"{path}: row {row}: label id {label!r} is there already")
+                labels.add(label, name or label)
 
     def _add_strings(self, labels: Labels, split: str) -> None:
         for where, _, found in self._rows(split):
