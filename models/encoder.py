@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertM
 from models.wordpiece import PAD_ID, learn_wordpiece
 
 Pooling = Literal["cls", "mean", "last"]
+Dtype = Literal["fp32", "bf16-mixed", "bf16"]
 MAX_WIDTH = 65_536  # the head addresses its inputs with 16 bits
 _CONFIG, _WEIGHTS, _TOKENIZER, _SETTINGS = "config.json", "model.safetensors", "tokenizer.json", "encoder.json"
 
@@ -90,6 +91,7 @@ class Encoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.intermediate = nn.Linear(self.embedding_width, config.intermediate) if config.intermediate else None
         self._room = config.max_length - special
+        self._autocast = False
         self.eval()
 
     @classmethod
@@ -154,6 +156,28 @@ class Encoder(nn.Module):
             torch.manual_seed(seed)
             return cls(BertModel(shape, add_pooling_layer=False), tokenizer, PAD_ID, config)
 
+    def set_dtype(self, dtype: Dtype) -> None:
+        """What the transformer computes in; the embeddings, and the intermediate layer, are fp32 all the same.
+
+        fp32        everything, as after `pretrained`, `small` and `load`
+        bf16-mixed  weights fp32; while training, matrix products in bf16 (autocast)
+        bf16        weights too; buffers stay fp32, as rotary frequencies must
+        """
+        self._autocast = dtype == "bf16-mixed"
+        for parameter in self.transformer.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+
+    def checkpoint_gradients(self) -> None:
+        """From now on the backward pass computes each layer anew, dropout repeated, instead of reading what was kept of it.
+
+        Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost". EncoderError when the transformer cannot do it.
+        """
+        transformer = self.transformer
+        # Versions of transformers that have the first name warn of the second.
+        enable = getattr(transformer, "activation_checkpointing_enable", None) or transformer.gradient_checkpointing_enable
+        with _blaming("gradient checkpointing"):
+            enable({"use_reentrant": False})
+
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text with its special tokens, at most `config.max_length`, without padding."""
         ids = []
@@ -164,7 +188,10 @@ class Encoder(nn.Module):
 
     def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """One vector per text, fp32 [B, H], from token ids and mask (1 token, 0 padding), both int64 [B, S]."""
-        hidden = self.transformer(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()  # [B, S, H]
+        autocast = self._autocast and self.training  # what is evaluated is what is exported
+        with torch.autocast(input_ids.device.type, torch.bfloat16) if autocast else nullcontext():
+            output = self.transformer(input_ids=input_ids, attention_mask=attention_mask)
+        hidden = output.last_hidden_state.float()  # [B, S, H]
         if self.config.pooling == "cls":
             return hidden[:, 0]
         if self.config.pooling == "mean":
@@ -195,7 +222,7 @@ class Encoder(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> Encoder:
-        """The encoder that `save` wrote, bit for bit; EncoderError names the file that is missing or damaged."""
+        """The encoder that `save` wrote, bit for bit, in fp32; EncoderError names the file that is missing or damaged."""
         for name in (_SETTINGS, _CONFIG, _TOKENIZER, _WEIGHTS):
             if not (folder / name).is_file():
                 raise EncoderError(f"{folder / name}: missing")

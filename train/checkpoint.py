@@ -21,6 +21,7 @@ from models.encoder import Encoder
 from models.head import Head
 from train.files import atomic_folder, remove_folder, remove_leftovers, write_text
 from train.head import HeadTraining
+from train.optimization import state_tensors
 
 _RNG = "torch.rng"
 
@@ -97,16 +98,10 @@ def restore(state: State, checkpoint: Path) -> None:
         stored = load_file(path)
     except Exception as error:  # safetensors raises its own type for a damaged file
         raise CheckpointError(f"{path}: {error}") from error
-    if state.optimizer is not None:
-        for name, parameter in _trained(state):
-            prefix = f"encoder.{name}."
-            state.optimizer.state[parameter] = {
-                key.removeprefix(prefix): tensor.clone() for key, tensor in stored.items() if key.startswith(prefix)
-            }
     current = _tensors(state)
     if current.keys() != stored.keys() or any(current[name].shape != stored[name].shape for name in current):
         raise CheckpointError(f"{path}: does not fit the encoder and head beside it")
-    for name, tensor in state.training.tensors().items():
+    for name, tensor in current.items():
         tensor.copy_(stored[name])
     torch.set_rng_state(stored[_RNG])
 
@@ -122,10 +117,6 @@ def _write_progress(progress: Progress, folder: Path) -> None:
 def _tensors(state: State) -> dict[str, Tensor]:
     tensors = {_RNG: torch.get_rng_state()} | state.training.tensors()
     if state.optimizer is not None:
-        for name, parameter in _trained(state):
-            tensors |= {f"encoder.{name}.{key}": value for key, value in state.optimizer.state[parameter].items()}
+        memory = state_tensors(state.optimizer, state.encoder)
+        tensors |= {f"encoder.{name}": tensor for name, tensor in memory.items()}
     return tensors
-
-
-def _trained(state: State) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(name, parameter) for name, parameter in state.encoder.named_parameters() if parameter.requires_grad]

@@ -84,5 +84,5 @@ def _fingerprint(encoder: Encoder) -> str:
     for name, tensor in encoder.state_dict().items():
         if not name.startswith(INTERMEDIATE):
             digest.update(name.encode())
-            digest.update(tensor.contiguous().numpy())
+            digest.update(tensor.flatten().view(torch.uint8).numpy())  # bytes: numpy has no bf16
     return digest.hexdigest()[:16]

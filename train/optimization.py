@@ -3,38 +3,99 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
+from optimi import AdamW as KahanAdamW
+from torch import Tensor
 
 from models.encoder import Encoder
 from train.inputs import INTERMEDIATE
-from train.settings import Settings
+from train.settings import Settings, SettingsError
+
+_NUMBERED = re.compile(r"(.*?)\.(\d+)\.")  # "encoder.layer.3.output.dense.weight": the first number is the layer's
 
 
 def adamw(encoder: Encoder, settings: Settings) -> torch.optim.Optimizer | None:
     """AdamW over what is trained of the encoder; None when that is nothing. Only matrices are decayed.
 
-    The rest gets no gradient. Each group's "peak_lr" is its learning rate at the top of the schedule.
+    The rest gets no gradient. Each group's "peak_lr" is its learning rate at the top of the schedule. With bf16 weights, what
+    rounding takes from each step is kept and added to the next (Kahan summation; Zamirai et al. 2020, "Revisiting BFloat16
+    Training"). SettingsError when layers are to differ and cannot be told apart.
     """
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    names = [name for name, _ in encoder.named_parameters() if not name.startswith(INTERMEDIATE)]
+    below = layers_below_top(names) if settings.layer_decay < 1 else dict.fromkeys(names, 0)
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in encoder.named_parameters():
         fresh = name.startswith(INTERMEDIATE)
         parameter.requires_grad_(fresh or not settings.freeze_encoder)
         if parameter.requires_grad:
-            groups.setdefault((fresh, parameter.ndim > 1), []).append(parameter)
+            peak_lr = settings.intermediate_lr if fresh else settings.encoder_lr * settings.layer_decay ** below[name]
+            groups.setdefault((peak_lr, settings.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
     if not groups:
         return None
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "peak_lr": settings.intermediate_lr if fresh else settings.encoder_lr,
-                "weight_decay": settings.weight_decay if matrix else 0.0,
-            }
-            for (fresh, matrix), parameters in groups.items()
-        ],
-        fused=True,
+    listed = [
+        {"params": parameters, "peak_lr": peak_lr, "weight_decay": weight_decay}
+        for (peak_lr, weight_decay), parameters in groups.items()
+    ]
+    optimizer = (
+        # bf16 moments: with the usual 0.999 the second one would never fall, as a thousandth less is rounded away.
+        KahanAdamW(listed, lr=0.0, betas=(0.9, 0.99), eps=1e-8)
+        if settings.encoder_dtype == "bf16"
+        else torch.optim.AdamW(listed, lr=0.0, fused=True)
     )
+    _allocate_state(optimizer)
+    return optimizer
+
+
+def layers_below_top(names: Sequence[str]) -> dict[str, int]:
+    """How many layers below the top one each of a transformer's parameters lies, given their names in the model's order.
+
+    Layers are the longest numbered list there is, whatever it is called ("encoder.layer.3.…", "h.3.…", "layers.3.…"). What
+    comes before it, or has "emb" in its name, is below the first layer; what else comes after belongs to the top one.
+    SettingsError when nothing is numbered.
+    """
+    places = {name: (match[1], int(match[2])) for name in names if (match := _NUMBERED.match(name))}
+    lists = Counter(prefix for prefix, _ in dict.fromkeys(places.values()))
+    if not lists:
+        raise SettingsError("--layer-decay: this encoder's parameters have no numbered layers; leave it at 1")
+    (layers, depth), *_ = lists.most_common(1)
+    numbers = sorted({number for prefix, number in places.values() if prefix == layers}, reverse=True)
+    below, reached = {}, False
+    for name in names:
+        prefix, number = places.get(name, ("", 0))
+        reached = reached or prefix == layers
+        below[name] = numbers.index(number) if prefix == layers else 0 if reached and "emb" not in name else depth
+    return below
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, encoder: Encoder) -> dict[str, Tensor]:
+    """The optimizer's own memory, "<parameter>.<key>" and "group<n>.<key>"."""
+    owners = {
+        name: optimizer.state[parameter] for name, parameter in encoder.named_parameters() if parameter in optimizer.state
+    }
+    owners |= {f"group{n}": group for n, group in enumerate(optimizer.param_groups)}
+    return {
+        f"{owner}.{key}": value for owner, facts in owners.items() for key, value in facts.items() if isinstance(value, Tensor)
+    }
+
+
+def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Lets the optimizer make its state, all zero, which it does in its first step: this one, at learning rate 0.
+
+    So a checkpoint can be read into it, whichever optimizer it is.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for owner in (*optimizer.state.values(), *optimizer.param_groups):
+        for value in owner.values():
+            if isinstance(value, Tensor):
+                value.zero_()
 
 
 def step(optimizer: torch.optim.Optimizer, scale: float, clip_norm: float) -> bool:

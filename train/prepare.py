@@ -51,6 +51,9 @@ def prepare(settings: Settings, run: Run) -> Trainer:
             encoder, head, progress = new_encoder(settings, data, labels), None, checkpoint.Progress()
         else:
             encoder, head, progress = checkpoint.load_model(folder)
+        encoder.set_dtype(settings.encoder_dtype)
+        if settings.gradient_checkpointing:
+            encoder.checkpoint_gradients()
 
     cache = Path(settings.cache) if settings.cache else run.folder / "cache"
     reading = [f"titles only: {settings.titles_only}", f"{settings.max_length} {encoder.tokenizer.to_str()}"]

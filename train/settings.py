@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from train.tiers import Tier, parse_tiers
 
 if TYPE_CHECKING:
-    from models.encoder import Pooling
+    from models.encoder import Dtype, Pooling
     from models.head import Connectivity
     from models.kernels import Loss
 
@@ -104,6 +104,15 @@ class Settings:
     max_length: int = _encoder(128, "tokens of a text that are read, the rest is cut off", _count, unit="TOKENS")
     intermediate: int = _encoder(2048, "units of the ReLU layer between transformer and head, 0 for none", _whole, unit="D")
     dropout: float = _encoder(0.1, "share of the pooled embedding dropped while training", _share, unit="SHARE")
+    encoder_dtype: Dtype = _encoder(
+        "fp32",
+        "number format of the transformer: fp32; bf16-mixed has fp32 weights, and matrix products in bf16 while training; "
+        "bf16 has bf16 weights, moments and steps that carry on what rounding took (weight decay is lost)",
+        choices=("fp32", "bf16-mixed", "bf16"),
+    )
+    gradient_checkpointing: bool = _encoder(
+        False, "keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time"
+    )
     small_vocabulary: int = _encoder(16_384, "'small': tokens in its vocabulary", _count, unit="TOKENS")
     small_width: int = _encoder(256, "'small': width", _count, unit="UNITS")
     small_layers: int = _encoder(2, "'small': layers", _count, unit="LAYERS")
@@ -176,6 +185,12 @@ class Settings:
         unit="TEXTS",
     )
     encoder_lr: float = _learning(1e-3, "peak learning rate of the transformer", _amount, unit="LR")
+    layer_decay: float = _learning(
+        1.0,
+        "factor on --encoder-lr from each layer of the transformer to the one below; the embeddings are lowest",
+        _share,
+        unit="SHARE",
+    )
     intermediate_lr: float = _learning(3e-3, "peak learning rate of the intermediate layer", _amount, unit="LR")
     head_lr: float = _learning(1e-3, "peak learning rate of the head", _amount, unit="LR")
     head_optimizer: Literal["adam", "momentum", "sgd"] = _learning(

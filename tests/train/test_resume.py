@@ -27,8 +27,14 @@ STEPS_PER_EPOCH = 19
         ("--freeze-encoder", "--intermediate", "0", "--head-optimizer", "sgd"),
         (*REWIRED, "--tiers", "dense:20%,16:40%,8:40%", "--rewire", "gradient", "--rewire-share", "0.5"),
         (*REWIRED, "--connectivity", "private", "--rewire-below", "0.3", "--new-weights", "random", "--weight-positives"),
+        ("--encoder-dtype", "bf16", "--gradient-checkpointing", "--layer-decay", "0.7"),
+        ("--encoder-dtype", "bf16-mixed", "--micro-batch", "6", "--schedule", "cosine"),
+        ("--encoder-dtype", "bf16", "--micro-batch", "6", "--freeze-encoder"),
     ],
-    ids=["end to end", "private and dense", "frozen", "head alone", "rewired by gradient", "rewired below a threshold"],
+    ids=[
+        *("end to end", "private and dense", "frozen", "head alone", "rewired by gradient", "rewired below a threshold"),
+        *("bf16", "bf16 mixed", "frozen bf16"),
+    ],
 )
 def test_resuming_equals_not_stopping(task, tmp_path, flags):
     whole = tmp_path / "whole"
