@@ -131,13 +131,13 @@ class Encoder(nn.Module):
     ) -> Encoder:
         """A BERT of `layers` layers with random weights and a WordPiece vocabulary learned from `texts`.
 
-        It needs no model at hand and trains from scratch within minutes on two cores. The same texts and seed give the same
-        encoder bit for bit.
+        With no layers it is a bag of words: the mean of its word and position vectors, each normalized. It needs no model at
+        hand and trains from scratch within minutes on two cores. The same texts and seed give the same encoder bit for bit.
         """
         if width < 1 or heads < 1 or width % heads:
             raise EncoderError(f"width is {width}, must be a multiple of the {heads} heads")
-        if layers < 1:
-            raise EncoderError(f"layers is {layers}, must be at least 1")
+        if layers < 0:
+            raise EncoderError(f"layers is {layers}, must be at least 0")
         try:
             tokenizer = learn_wordpiece(texts, vocabulary)
         except ValueError as error:

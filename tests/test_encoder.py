@@ -265,8 +265,8 @@ def test_small_errors() -> None:
         Encoder.small([" ", ""], config, seed=0)
     with pytest.raises(EncoderError, match="width is 30, must be a multiple of the 4 heads"):
         Encoder.small(TEXTS, config, width=30, seed=0)
-    with pytest.raises(EncoderError, match="layers is 0"):
-        Encoder.small(TEXTS, config, layers=0, seed=0)
+    with pytest.raises(EncoderError, match="layers is -1"):
+        Encoder.small(TEXTS, config, layers=-1, seed=0)
     with pytest.raises(EncoderError, match="vocabulary is 3"):
         Encoder.small(TEXTS, config, vocabulary=3, seed=0)
     with pytest.raises(EncoderError, match="max_length is 2, but 2 of them are special tokens"):
@@ -320,3 +320,18 @@ def test_pretrained_refuses_an_encoder_decoder(tmp_path: Path) -> None:
     T5Model(T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(tmp_path)
     with pytest.raises(EncoderError, match="is an encoder-decoder"):
         Encoder.pretrained(tmp_path, EncoderConfig("mean", 8))
+
+
+def test_without_layers_it_is_a_bag_of_words() -> None:
+    """A text's embedding is the mean of one vector for each token and place; training moves those of its own tokens alone."""
+    config = EncoderConfig(pooling="mean", max_length=16)
+    encoder = Encoder.small(TEXTS, config, vocabulary=400, width=32, layers=0, heads=2, seed=0)
+    ids = torch.tensor(encoder.tokenize(TEXTS[:1]))
+    places = range(ids.shape[1])
+    vectors = encoder.transformer.embeddings
+    each = [vectors(input_ids=ids[:, i : i + 1], position_ids=torch.tensor([[i]])) for i in places]
+    expected = torch.cat(each, dim=1).mean(dim=1)
+    torch.testing.assert_close(encoder(ids, torch.ones_like(ids)), expected)
+    encoder(ids, torch.ones_like(ids)).sum().backward()
+    moved = encoder.transformer.embeddings.word_embeddings.weight.grad.abs().sum(dim=1).nonzero().flatten()
+    assert set(moved.tolist()) <= set(ids.flatten().tolist())

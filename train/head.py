@@ -26,7 +26,7 @@ class HeadTraining:
         self._settings = settings
         self._positive_weights = positive_weights
         self._located = head.slots()
-        self._optimizer = Optimizer(settings.head_optimizer, settings.head_lr)
+        self._optimizer = Optimizer(settings.head_optimizer, weight_decay=settings.head_weight_decay)
         self._moments = [self._optimizer.moments(block) for block in head.blocks]
         self._auxiliary = self._new_auxiliary(steps)
         self._rewiring = self._new_rewiring(steps)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from train.presets import PRESETS
 from train.tiers import Tier, parse_tiers
 
 if TYPE_CHECKING:
@@ -94,6 +95,10 @@ class Settings:
         None, "folder of cached tokens and embeddings, which runs may share (default: RUN/cache)", unit="DIR", free=True
     )
 
+    preset: str | None = _files(
+        None, "settings under a name; flags beside it win (see train/presets.py)", choices=tuple(PRESETS), unit=None
+    )
+
     encoder: str = _encoder(
         "small",
         "Hugging Face name or folder of a pretrained encoder; 'small' learns a vocabulary and a transformer from the texts",
@@ -115,7 +120,7 @@ class Settings:
     )
     small_vocabulary: int = _encoder(16_384, "'small': tokens in its vocabulary", _count, unit="TOKENS")
     small_width: int = _encoder(256, "'small': width", _count, unit="UNITS")
-    small_layers: int = _encoder(2, "'small': layers", _count, unit="LAYERS")
+    small_layers: int = _encoder(2, "'small': layers; 0 makes it a bag of words", _whole, unit="LAYERS")
     small_heads: int = _encoder(4, "'small': attention heads", _count, unit="HEADS")
 
     connectivity: Connectivity = _head(
@@ -198,6 +203,7 @@ class Settings:
         "optimizer of the head; beside each weight adam keeps two fp32 moments, momentum one, sgd none",
         choices=("adam", "momentum", "sgd"),
     )
+    head_weight_decay: float = _learning(0.0, "decoupled weight decay of the head's weights", _amount, unit="DECAY")
     schedule: Literal["linear", "cosine"] = _learning(
         "linear", "how all learning rates decay to zero after warm-up", choices=("linear", "cosine")
     )
@@ -253,7 +259,7 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], bool]:
             groups[facts["group"]] = parser.add_argument_group(facts["group"])
         kind: dict[str, Any] = {"type": facts["parse"], "choices": facts["choices"], "metavar": facts["unit"]}
         if spec.default is False:
-            kind = {"action": "store_true"}
+            kind = {"action": argparse.BooleanOptionalAction}
         groups[facts["group"]].add_argument("--" + spec.name.replace("_", "-"), help=_help(spec), **kind)
     groups["files"].add_argument(
         "--resume",
@@ -271,11 +277,14 @@ def new(given: dict[str, Any]) -> Settings:
     """Settings of a new run; SettingsError when they cannot work together."""
     if "data" not in given:
         raise SettingsError("--data is missing")
+    preset = PRESETS[given["preset"]] if "preset" in given else {}
     for name in ("fan_in", "dense_labels"):
         if "tiers" in given and name in given:
             raise SettingsError(f"--tiers takes the place of --{name.replace('_', '-')}; give one of them")
-    pretrained = given.get("encoder", Settings.encoder) != "small"
-    settings = Settings(**((_PRETRAINED if pretrained else {}) | given))
+    if "tiers" in given:
+        preset = {name: value for name, value in preset.items() if name not in ("fan_in", "dense_labels")}
+    pretrained = (preset | given).get("encoder", Settings.encoder) != "small"
+    settings = Settings(**((_PRETRAINED if pretrained else {}) | preset | given))
     _check(settings)
     return settings
 

@@ -53,9 +53,17 @@ def test_any_batch_and_length(exported: Path, batch: int, length: int) -> None:
     assert_same(small_encoder(), exported / "encoder.onnx", batch, length)
 
 
-def tiny(pooling: Pooling, max_length: int) -> Encoder:
+def tiny(pooling: Pooling, max_length: int, layers: int = 1) -> Encoder:
     config = EncoderConfig(pooling, max_length, dropout=0.5)
-    return Encoder.small(TEXTS * 3, config, vocabulary=150, width=16, layers=1, heads=2, seed=3)
+    return Encoder.small(TEXTS * 3, config, vocabulary=150, width=16, layers=layers, heads=2, seed=3)
+
+
+@pytest.mark.slow
+def test_a_bag_of_words(tmp_path: Path) -> None:
+    encoder = tiny("mean", LONGEST, layers=0)
+    export_encoder(encoder, tmp_path / "encoder.onnx")
+    for batch, length in ((1, 1), (4, 9)):
+        assert_same(encoder, tmp_path / "encoder.onnx", batch, length)
 
 
 @pytest.mark.slow

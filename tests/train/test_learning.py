@@ -83,11 +83,11 @@ def test_a_bias_that_knows_label_frequencies_starts_with_a_lower_loss():
 def test_blocks_follow_label_frequency(tmp_path):
     data = write_task(tmp_path / "data", texts=200)
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
-    assert run(data, tmp_path / "run", *QUICK, "--epochs", "1", "--dense-labels", "2%", "--connectivity", "private") == 0
+    assert run(data, tmp_path / "run", *QUICK, "--epochs", "1", "--dense-labels", "2%", "--grouping", "frequency") == 0
     head = load_head(max((tmp_path / "run" / "checkpoints").iterdir()) / "head.safetensors")
     counts = np.bincount([int(label[2:]) for row in rows for label in row["labels"]], minlength=N_LABELS)
-    dense, private = head.blocks
-    assert (dense.connectivity, private.connectivity) == ("dense", "private")
+    dense, shared = head.blocks
+    assert (dense.connectivity, shared.connectivity) == ("dense", "shared")
     assert dense.label_ids.shape == (1, 16), "2 % rounded up to a whole group"
     order = np.concatenate([block.label_ids[block.label_ids >= 0] for block in head.blocks])
     assert (np.diff(counts[order]) <= 0).all()

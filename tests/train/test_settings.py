@@ -6,6 +6,7 @@ import pytest
 
 from tests.train.tasks import QUICK, SMALL, run
 from train import settings
+from train.presets import PRESETS
 from train.settings import Settings
 
 
@@ -37,9 +38,20 @@ def test_defaults_depend_on_the_encoder_and_flags_win(tmp_path):
     assert settings.new(given | {"encoder": "some/model", "dropout": 0.0}).dropout == 0
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_whole_settings_that_flags_override(tmp_path, name):
+    given = {"data": str(tmp_path), "out": "run", "preset": name}
+    chosen = settings.new(given)
+    assert {key: getattr(chosen, key) for key in PRESETS[name]} == PRESETS[name]
+    changed = settings.new(given | {"batch_size": 7, "tiers": "dense:10%,8:90%"})
+    assert changed.batch_size == 7
+    assert [tier.fan_in for tier in changed.head_tiers] == [None, 8]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--preset", "mnist"], "invalid choice: 'mnist'"),
         (["--dense-labels", "101%"], "101% is not a share"),
         (["--dense-labels", "-1"], "--dense-labels"),
         (["--epochs", "0"], "0 is not at least 1"),
