@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     # torch and transformers take seconds to import: --help and a bad flag do not wait for them.
     from models.encoder import EncoderError
     from models.head import HeadError
+    from train import report
     from train.checkpoint import CheckpointError
     from train.data import DataError
     from train.interrupt import StoppedError
@@ -33,8 +34,11 @@ def main(argv: list[str] | None = None) -> int:
         else:
             chosen = settings.resumed(stored["settings"], given)
         trainer = prepare(chosen, run)
-        with closing(Events(run.folder / "tensorboard", run.log)):
-            trainer.run()
+        try:
+            with closing(Events(run.folder / "tensorboard", run.log)):
+                trainer.run()
+        finally:
+            report.write([run.folder], run.folder / "report.html")
     except (settings.SettingsError, DataError, EncoderError, HeadError, CheckpointError, OSError) as error:
         return _fail(str(error), 2)
     except DivergedError as error:

@@ -100,6 +100,7 @@ def test_the_run_directory_holds_what_the_design_says(tmp_path):
     assert run(data, out, *QUICK, "--epochs", "3", "--eval-every", "2", "--limit-eval", "20", "--keep", "2") == 0
     assert {path.name for path in out.iterdir()} == {
         "config.json", "metrics.jsonl", "labels.jsonl", "heldout.jsonl", "checkpoints", "cache", "tensorboard",
+        "report.html",
     }  # fmt: skip
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000014", "step-00000021"]
     assert {path.name for path in (out / "checkpoints" / "step-00000021").iterdir()} == {
