@@ -14,13 +14,19 @@ import numpy as np
 from models.head import Block, Head
 from models.kernels.step import Loss, Moments, Optimizer, Positives
 
+INTERFACE = 1  # of _cpu, as csrc/bindings.cpp has it
+_BUILD = "run `make set-up`, or `pip install -e .`, in the project's folder"
 try:
-    from models.kernels import _cpu  # type: ignore[attr-defined]  # compiled: it has no source to look at
-except ImportError as error:
+    import models.kernels._cpu as _cpu  # compiled: it has no source to look at
+except ModuleNotFoundError:
+    here = os.path.dirname(__file__)
     raise ImportError(
-        f"the compiled kernels are missing ({error}). Build them with `pip install -e .` in the project's folder, "
-        "or run an installed fanin from another folder"
-    ) from error
+        f"the compiled kernels are missing in {here}: {_BUILD}, or start an installed fanin in another folder"
+    ) from None
+except ImportError as error:
+    raise ImportError(f"the compiled kernels cannot be loaded ({error}): {_BUILD}") from None
+if getattr(_cpu, "interface", 0) != INTERFACE:
+    raise ImportError(f"the compiled kernels are of another version than the code: {_BUILD}")
 
 LEVELS: tuple[str, ...] = tuple(_cpu.levels())  # what this machine can run, best first
 default_threads = _cpu.default_threads

@@ -6,12 +6,14 @@ import ctypes
 import mmap
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import numpy as np
@@ -54,18 +56,39 @@ def test_an_instruction_set_that_cannot_run_is_refused_at_import() -> None:
     assert f"ValueError: instruction set 'avx1024' cannot run here; this machine has {', '.join(cpu.LEVELS)}" in found.stderr
 
 
-def test_without_the_compiled_kernels_the_import_fails_and_says_how_to_build_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "content", "fault"),
+    [
+        (None, "", "are missing in {kernels}: "),
+        ("_cpu.py", "", "are of another version than the code: "),  # as those of before there was a number
+        ("_cpu.py", f"interface = {cpu.INTERFACE + 1}", "are of another version than the code: "),
+        ("_cpu" + EXTENSION_SUFFIXES[0], "not ELF", "cannot be loaded ({kernels}"),
+    ],
+)
+def test_without_kernels_that_fit_the_import_fails_and_says_how_to_build_them(
+    tmp_path: Path, file: str | None, content: str, fault: str
+) -> None:
     shutil.copytree(TREE / "models", tmp_path / "models", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    kernels = tmp_path / "models" / "kernels"
+    if file:
+        (kernels / file).write_text(content)
+    for module in ("kernels", "kernels.reference"):  # nothing may run on the slow reference by accident
+        # -S: without the hook of an editable installation
+        found = python(f"import models.{module}", "-S", folder=tmp_path, PYTHONPATH=str(Path(np.__file__).parents[1]))
+        message = found.stderr.splitlines()[-1]
+        assert message.startswith("ImportError: the compiled kernels " + fault.format(kernels=kernels))
+        assert "run `make set-up`, or `pip install -e .`, in the project's folder" in message
 
-    def fresh(code: str) -> subprocess.CompletedProcess[str]:  # without the hook of an editable installation
-        return python(code, "-S", folder=tmp_path, PYTHONPATH=str(Path(np.__file__).parents[1]))
 
-    found = fresh("import models.kernels")
-    assert found.returncode != 0
-    assert "ImportError: the compiled kernels are missing" in found.stderr
-    assert "pip install -e ." in found.stderr
-    found = fresh("import models.kernels.reference, sys")
-    assert found.returncode != 0, "nothing may run on the slow reference by accident"
+def test_the_number_of_the_interface_goes_up_with_every_change() -> None:
+    """When this fails: raise `interface` in bindings.cpp and INTERFACE in cpu.py, then write down here what there is now."""
+    functions = [cpu._cpu.Block.__init__, *(each for each in vars(cpu._cpu).values() if hasattr(each, "__nb_signature__"))]
+    arguments = {each.__name__: len(re.findall(r"\w+: ", each.__nb_signature__[0][0])) for each in functions}
+    assert (cpu.INTERFACE, arguments) == (
+        1,
+        {"__init__": 7, "topk": 5, "scores": 3, "train_step": 21, "grad_input": 3, "grad_values": 4}
+        | {"levels": 0, "level": 0, "use_level": 1, "default_threads": 0, "threads": 0, "set_threads": 1},
+    )
 
 
 def test_default_threads_follow_the_affinity_mask() -> None:
