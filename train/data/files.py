@@ -65,9 +65,19 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise fault(path, number, f"broken JSON: {error.msg} at column {error.colno}") from None
         except RecursionError:
             raise fault(path, number, "broken JSON: nested too deeply") from None
+        except ValueError as error:  # a number of more than 4300 digits
+            raise fault(path, number, f"broken JSON: {error}") from None
         if not isinstance(row, dict):
             raise fault(path, number, f"expected a JSON object, found {type(row).__name__}")
         yield number, row
+
+
+def two_numbers(path: Path, line: int, text: str, meaning: str) -> tuple[int, int]:
+    """Two whole numbers from 0 up, between spaces. DataError says that they should be what `meaning` tells."""
+    parts = text.split()
+    if len(parts) != 2 or not all(part.isdecimal() and len(part) < 19 for part in parts):
+        raise fault(path, line, f"expected the numbers of {meaning}, found {text[:40]!r}")
+    return int(parts[0]), int(parts[1])
 
 
 def check_unicode(path: Path, line: int, text: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data.files import fault, find, lines
+from train.data.files import fault, find, lines, two_numbers
 
 _NAMES = {
     "train": ("filter_labels_train.txt", "trn_filter_labels.txt"),
@@ -54,10 +54,7 @@ def read_filter(path: Path, n_labels: int) -> Filter:
     """Lines of "text label", both counted from 0. An empty file is an empty filter."""
     pairs = array("q")
     for number, line in lines(path):
-        parts = line.split()
-        if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-            raise fault(path, number, f'expected the numbers of a text and a label, "T L", found {line[:40]!r}')
-        text, label = int(parts[0]), int(parts[1])
+        text, label = two_numbers(path, number, line, "a text and a label")
         if label >= n_labels:
             raise fault(path, number, f"label {label} is not one of 0 … {n_labels - 1}")
         if text >= _MOST_TEXTS:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from train.data.contract import Labels
-from train.data.files import fault, find_splits, lines, require
+from train.data.files import fault, find_splits, lines, require, two_numbers
 
 # As Renee and DEXML name them, and as NGAME and OAK do; in a folder of their own or beside the label files.
 _TEXTS = {"train": ("trn_X.txt", "raw/trn_X.txt", "raw_data/train.raw.txt"),
@@ -44,7 +44,7 @@ class IndexedText:
         """A blank line is a text without words, as published files have a few."""
         texts, matrix = self.files[split]
         rows = lines(matrix)
-        n_texts, n_labels = _header(matrix, next(rows, (1, ""))[1])
+        n_texts, n_labels = two_numbers(matrix, 1, next(rows, (1, ""))[1], "texts and labels")
         if n_labels != len(labels):
             raise fault(matrix, 1, f"{n_labels} labels, but {self.files['labels'][0].name} has {len(labels)}")
         count = 0
@@ -57,13 +57,6 @@ class IndexedText:
             yield text[1], _positions(matrix, row[0], row[1], n_labels)
         if count != n_texts:
             raise fault(matrix, 1, f"{n_texts} texts, but the file has {count} rows")
-
-
-def _header(path: Path, line: str) -> tuple[int, int]:
-    parts = line.split()
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise fault(path, 1, f'expected the numbers of texts and labels, "N L", found {line[:40]!r}')
-    return int(parts[0]), int(parts[1])
 
 
 def _positions(path: Path, number: int, line: str, n_labels: int) -> set[int]:

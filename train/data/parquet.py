@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from train.data.contract import DataError
 from train.data.files import find_splits
-from train.data.tables import Tables
+from train.data.tables import Tables, readable
 
 _ROWS_AT_ONCE = 4096
 
@@ -40,15 +40,10 @@ class Parquet(Tables):
             yield from file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns)
 
     def _columns(self, path: Path) -> list[str]:
-        return list(_schema(path).names)
+        with readable(path):
+            return list(pq.read_schema(path).names)
 
     def _features(self, path: Path) -> dict[str, Any]:
-        described = (_schema(path).metadata or {}).get(b"huggingface")
-        return dict(json.loads(described).get("info", {}).get("features") or {}) if described else {}
-
-
-def _schema(path: Path) -> pa.Schema:
-    try:
-        return pq.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+        with readable(path):
+            described = (pq.read_schema(path).metadata or {}).get(b"huggingface")
+            return dict(json.loads(described)["info"]["features"]) if described else {}

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from train.data.contract import DataError
-from train.data.tables import Tables
+from train.data.tables import Tables, readable
 
 _ROWS_AT_ONCE = 4096
 _SPLITS = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",), "labels": ("labels",)}
@@ -46,11 +46,8 @@ class SavedDatasets(Tables):
                     yield batch.slice(start, _ROWS_AT_ONCE).select(columns)
 
     def _columns(self, path: Path) -> list[str]:
-        try:
-            with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
-                return list(reader.schema.names)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: cannot be read: {error}") from None
+        with readable(path), pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+            return list(reader.schema.names)
 
     def _features(self, path: Path) -> dict[str, Any]:
         return dict(_json(path.parent / "dataset_info.json", "features", dict))
@@ -58,23 +55,22 @@ class SavedDatasets(Tables):
 
 def _data_files(folder: Path) -> list[Path]:
     state = folder / "state.json"
-    names = [entry["filename"] for entry in _json(state, "_data_files", list)]
+    entries = _json(state, "_data_files", list)
+    names = [entry["filename"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("filename"), str)]
     if json.loads(state.read_text(encoding="utf-8")).get("_indices_data_files"):
         raise DataError(f"{state}: rows are picked by an index file; call flatten_indices() before save_to_disk()")
     for name in names:
         if not (folder / name).exists():
             raise DataError(f"{folder}: no {name}, which state.json names")
-    if not names:
-        raise DataError(f"{state}: names no data files")
+    if not names or len(names) < len(entries):
+        raise DataError(f"{state}: names no data files, or not by their filename")
     return [folder / name for name in names]
 
 
 def _json(path: Path, key: str, kind: type) -> Any:
     """The value of `key` in a JSON file of `datasets`."""
-    try:
+    with readable(path):
         value = json.loads(path.read_text(encoding="utf-8"))[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: cannot be read: {error!r}") from None
     if not isinstance(value, kind):
         raise DataError(f"{path}: {key!r} is not a {kind.__name__}")
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,24 @@ class Tables(ABC):
             if column not in names:
                 raise DataError(f"{path}: no column {column!r}; there are {', '.join(map(repr, names))}")
         row = 0
-        try:
-            for batch in self._batches(path, columns):
-                for values in batch.to_pylist():
-                    row += 1
-                    yield row, values
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: row {row + 1}: cannot be read: {error}") from None
+        batches = self._batches(path, columns)
+        while True:
+            with readable(path, row + 1):
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                batch.validate(full=True)  # a damaged file could end the process otherwise
+                rows = batch.to_pylist()
+            for values in rows:
+                row += 1
+                yield row, values
+
+
+@contextmanager
+def readable(path: Path, row: int | None = None) -> Iterator[None]:
+    """What pyarrow and json raise about a damaged file becomes a DataError that names it and the row it was read from."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        where = path if row is None else f"{path}: row {row}"
+        raise DataError(f"{where}: cannot be read: {error}") from None

@@ -1,5 +1,7 @@
 """Every fault is one DataError that names the file, the line or row, and the reason."""
 
+import contextlib
+import gzip
 import json
 import re
 
@@ -7,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.train.data import writers
 from tests.train.data.writers import WRITERS, Content, content_of, write_lines
@@ -108,6 +112,7 @@ def test_splits_that_are_not_enough_or_doubled(tmp_path, splits, reason):
         ({"title": "x", "target_ind": [1.0]}, r"target_ind 1\.0 is not one of"),
         ({"title": "x", "target_ind": [True]}, r"target_ind True is not one of"),
         ({"title": "x \ud800", "target_ind": [0]}, "half a surrogate pair"),
+        ('{"title": "x", "target_ind": [' + "9" * 5000 + "]}", "broken JSON: .*digits"),
     ],
 )
 def test_a_bad_text_in_label_feature_json(tmp_path, row, reason):
@@ -134,7 +139,7 @@ def test_a_bad_label_in_label_feature_json(tmp_path, row, reason):
 @pytest.mark.parametrize(
     ("lines", "where", "reason"),
     [
-        ([], ":1: ", "expected the numbers of texts and labels, \"N L\", found ''"),
+        ([], ":1: ", "expected the numbers of texts and labels, found ''"),
         (["2 3 4", "0:1", "1:1"], ":1: ", "expected the numbers"),
         (["0:1", "1:1"], ":1: ", "expected the numbers"),
         (["2 4", "0:1", "1:1"], ":1: ", r"4 labels, but Y\.txt has 3"),
@@ -167,6 +172,47 @@ def test_texts_and_label_strings_of_unequal_length(tmp_path, more, fewer):
     with (tmp_path / more).open("a") as file:
         file.write("1\n")
     assert_fault(tmp_path, f"{more}:3: ", f"one line more than {fewer} has")
+
+
+@pytest.mark.parametrize("name", [name for name in WRITERS if name not in ("Parquet", "saved datasets")])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_damage_is_a_data_error_or_harmless(tmp_path_factory, name, data):
+    """Whatever stands in a text file, reading it ends in rows or in a DataError."""
+    folder = tmp_path_factory.mktemp("damaged")
+    WRITERS[name](folder, CONTENT)
+    write_lines(folder / "filter_labels_test.txt", ["0 2"])
+    path = data.draw(st.sampled_from(sorted(path for path in folder.rglob("*") if path.is_file())))
+    whole = path.read_bytes()
+    packed = path.suffix == ".gz" and data.draw(st.booleans())
+    whole = gzip.decompress(whole) if packed else whole
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(whole))] * 2)))
+    piece = data.draw(
+        st.one_of(st.binary(max_size=8), st.sampled_from([b"\n", b"0", b"-1", b"9" * 20, b"9" * 5000, b"null", b'"']))
+    )
+    damaged = whole[:start] + piece + whole[stop:]
+    path.write_bytes(gzip.compress(damaged) if packed else damaged)
+    with contextlib.suppress(DataError):
+        content_of(folder)
+
+
+@pytest.mark.parametrize("name", ["Parquet", "saved datasets"])
+def test_damaged_tables(tmp_path, name):
+    """Any byte of a table may be wrong: the process lives on, with rows or a DataError."""
+    rng = np.random.default_rng(0)
+    WRITERS[name](tmp_path, CONTENT)
+    path = tmp_path / ("train.parquet" if name == "Parquet" else "train/data-00000-of-00002.arrow")
+    whole = path.read_bytes()
+    refused = 0
+    for place in rng.permutation(len(whole))[:300]:
+        damaged = bytearray(whole)
+        damaged[place] ^= int(rng.integers(1, 256))
+        path.write_bytes(damaged)
+        try:
+            content_of(tmp_path)
+        except DataError:
+            refused += 1
+    assert refused > 50
 
 
 def test_bytes_that_are_not_utf8(tmp_path):
@@ -256,9 +302,10 @@ def test_a_damaged_parquet_page(tmp_path):
     ("state", "reason"),
     [
         ("{", "cannot be read"),
-        ("{}", "cannot be read: KeyError"),
+        ("{}", "cannot be read: '_data_files'"),
         ('{"_data_files": {}}', "'_data_files' is not a list"),
         ('{"_data_files": []}', "names no data files"),
+        ('{"_data_files": [{"file": 3}]}', "names no data files"),
         ('{"_data_files": [], "_indices_data_files": [{"filename": "i"}]}', "flatten_indices"),
     ],
 )

@@ -50,7 +50,8 @@ def test_an_empty_filter_file_filters_nothing(tmp_path):
         (["0 -1"], ":1: ", "expected the numbers"),
         (["0 1", "0 4"], ":2: ", "label 4 is not one of 0 … 3"),
         (["0 1", "3 2", "1 1"], ":2: ", "text 3 is not one of 0 … 2"),
-        (["0 1", f"{10**30} 2"], ":2: ", "text 1000000000000000000000000000000 is not one of"),
+        (["0 1", f"{10**12} 2"], ":2: ", "text 1000000000000 is not one of"),
+        (["0 1", f"{10**30} 2"], ":2: ", "expected the numbers"),
     ],
 )
 def test_a_bad_pair_is_named_by_file_and_line(tmp_path, lines, where, reason):
