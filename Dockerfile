@@ -17,9 +17,10 @@ RUN PIP_CONSTRAINT=/source/constraints.txt PIP_BUILD_CONSTRAINT=/source/constrai
 FROM python:3.11-slim-bookworm
 COPY constraints.txt /tmp/
 COPY --from=build /wheels /tmp/wheels
-RUN python -m pip install --no-cache-dir --constraint /tmp/constraints.txt --find-links /tmp/wheels "fanin[cpu]" \
+# The wheel by its file name: a package index is asked for its requirements only.
+RUN python -m pip install --no-cache-dir --constraint /tmp/constraints.txt "$(ls /tmp/wheels/*.whl)[cpu]" \
     && rm -r /tmp/wheels /tmp/constraints.txt
-ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1
 USER 10001:10001
 WORKDIR /srv
 EXPOSE 8000

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
-import onnxruntime
 import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from export.bundle import Bundle
 from export.encoder import INPUTS, OUTPUT
+from export.onnx_runtime import onnxruntime
 from export.run import HeldOut
 from models import kernels
 from models.encoder import Encoder

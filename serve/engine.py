@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from export.bundle import Bundle, BundleError, open_bundle
+from export.onnx_runtime import onnxruntime as ort
 from models import kernels
 from serve.tokens import TextTokenizer
 

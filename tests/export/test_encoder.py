@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from tokenizers import Tokenizer
 
 from export import encoder as export_encoder_module
 from export.encoder import export_encoder, export_tokenizer
+from export.onnx_runtime import onnxruntime
 from models.encoder import Encoder, EncoderConfig, Pooling
 from tests.export.conftest import TEXTS, small_encoder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -33,6 +34,19 @@ print(sorted(name for name in ("torch", "transformers", "onnx", "train") if name
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (result.stdout, result.stderr) == ("[]\n", "")
+
+
+def test_onnx_runtime_leaves_nothing_in_the_home_folder(bundle_path: Path, tmp_path: Path) -> None:
+    """Its telemetry would keep a device id there, and a list of what to send."""
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ORT_", "XDG_"))}
+    files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    for words in (["serve.predict", str(bundle_path), *files], ["export.parity"]):
+        command = [sys.executable, "-m", *words]
+        subprocess.run(command, cwd=ROOT, env=environment | {"HOME": str(home)}, check=True, timeout=60, capture_output=True)
+    assert list(home.rglob("*onnxruntime*")) == []
 
 
 def test_it_says_what_it_serves_and_where(server: Process) -> None:
