@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -30,7 +33,7 @@ def requirements() -> list[Requirement]:
 
 @pytest.mark.parametrize("requirement", [r for r in requirements() if r.name not in OTHER_MACHINE], ids=str)
 def test_the_pinned_version_is_one_that_the_project_accepts(requirement: Requirement) -> None:
-    assert requirement.specifier.contains(pins()[requirement.name])
+    assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
 
 
 def test_pins_are_exact_and_no_package_has_two() -> None:
@@ -59,3 +62,26 @@ def test_the_image_is_built_from_all_that_the_wheel_needs() -> None:
     copied = set(copied_into_the_image())
     assert set(PROJECT["tool"]["scikit-build"]["wheel"]["packages"]) <= copied
     assert {"pyproject.toml", "CMakeLists.txt", PROJECT["project"]["readme"], "LICENSE", "constraints.txt"} <= copied
+
+
+def make_chromium(programs: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`make chromium` where the commands are those in the folder `programs`."""
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("make is missing")
+    environment["PATH"] = str(programs)
+    return subprocess.run([make, "chromium"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("name", ["chromium", "chromium-browser", "google-chrome"])
+def test_make_is_content_with_any_browser_of_the_family(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch(0o755)
+    done = make_chromium(tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_make_asks_for_a_browser_unless_its_tests_are_left_out(tmp_path: Path) -> None:
+    without = make_chromium(tmp_path)
+    assert without.returncode != 0
+    assert "make test FANIN_SKIP_BROWSER=1" in without.stdout
+    assert make_chromium(tmp_path, FANIN_SKIP_BROWSER="1").returncode == 0
