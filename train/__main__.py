@@ -6,13 +6,13 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from train import settings
+from train import flags, settings
 from train.runs import Run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code, which --help explains."""
-    given, resume = settings.parse(argv)
+    given, resume = flags.parse(argv)
     # torch and transformers take seconds to import: --help and a bad flag do not wait for them.
     from models.encoder import EncoderError
     from models.head import HeadError

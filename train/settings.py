@@ -1,4 +1,4 @@
-"""The settings of a run. One dataclass makes the command line, its help and the settings in config.json."""
+"""The settings of a run. One dataclass makes the command line (train/flags.py) and the settings in config.json."""
 
 # ruff: noqa: RUF009  the calls in the dataclass are `dataclasses.field` underneath
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from models.kernels import Loss
 
 # Other defaults with a pretrained encoder: it takes smaller steps, and learns a small data set by heart sooner.
-_PRETRAINED = {"encoder_lr": 2e-4, "dropout": 0.4}
+PRETRAINED = {"encoder_lr": 2e-4, "dropout": 0.4}
 
 
 class SettingsError(ValueError):
@@ -242,37 +242,6 @@ class Settings:
         return asdict(self)
 
 
-def parse(argv: list[str] | None) -> tuple[dict[str, Any], bool]:
-    """The settings given on the command line, by field name, and whether to resume. Exits with 2 on a bad flag."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train",
-        usage="python -m train --data DIR --out RUN [flags]\n       python -m train --out RUN --resume",
-        description="Train a text classifier with a sparse output layer, encoder and head together.",
-        epilog="Ctrl-C or SIGTERM finishes the step, saves a checkpoint and stops. "
-        "Exit codes: 0 finished, 1 diverged, 2 bad flags or data, 130 stopped by Ctrl-C, 143 by SIGTERM.",
-        argument_default=argparse.SUPPRESS,
-    )
-    groups: dict[str, Any] = {}
-    for spec in fields(Settings):
-        facts = spec.metadata
-        if facts["group"] not in groups:
-            groups[facts["group"]] = parser.add_argument_group(facts["group"])
-        kind: dict[str, Any] = {"type": facts["parse"], "choices": facts["choices"], "metavar": facts["unit"]}
-        if spec.default is False:
-            kind = {"action": argparse.BooleanOptionalAction}
-        groups[facts["group"]].add_argument("--" + spec.name.replace("_", "-"), help=_help(spec), **kind)
-    groups["files"].add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from RUN's last checkpoint, with its settings; a run that has none starts again",
-    )
-    given = vars(parser.parse_args(argv))
-    resume = given.pop("resume", False)
-    if "out" not in given:
-        parser.error("--out is missing")
-    return given, resume
-
-
 def new(given: dict[str, Any]) -> Settings:
     """Settings of a new run; SettingsError when they cannot work together."""
     if "data" not in given:
@@ -284,7 +253,7 @@ def new(given: dict[str, Any]) -> Settings:
     if "tiers" in given:
         preset = {name: value for name, value in preset.items() if name not in ("fan_in", "dense_labels")}
     pretrained = (preset | given).get("encoder", Settings.encoder) != "small"
-    settings = Settings(**((_PRETRAINED if pretrained else {}) | preset | given))
+    settings = Settings(**((PRETRAINED if pretrained else {}) | preset | given))
     _check(settings)
     return settings
 
@@ -326,12 +295,3 @@ def _check_tiers(settings: Settings) -> None:
         parse_tiers(settings.tiers or "")
     except ValueError as error:
         raise SettingsError(f"--tiers {settings.tiers}: {error}") from None
-
-
-def _help(spec: Field[Any]) -> str:
-    text = spec.metadata["help"]
-    if isinstance(spec.default, bool) or spec.default in ("", None):
-        return text
-    shown = f"{spec.default:g}" if isinstance(spec.default, float) else spec.default
-    other = f", with a pretrained encoder {_PRETRAINED[spec.name]:g}" if spec.name in _PRETRAINED else ""
-    return f"{text} (default: {shown}{other})"

@@ -6,13 +6,14 @@ import pytest
 
 from tests.train.tasks import QUICK, SMALL, run
 from train import settings
+from train.flags import parse
 from train.presets import PRESETS
 from train.settings import Settings
 
 
 def test_help_explains_every_setting_and_the_exit_codes(capsys):
     with pytest.raises(SystemExit) as stop:
-        settings.parse(["--help"])
+        parse(["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for spec in fields(Settings):
@@ -26,7 +27,7 @@ def test_help_explains_every_setting_and_the_exit_codes(capsys):
 
 @pytest.mark.parametrize(("given", "share"), [("2%", 0.02), ("0.02", 0.02), ("0", 0.0), ("100%", 1.0), ("12.5%", 0.125)])
 def test_shares(given, share):
-    assert settings.parse(["--out", "x", "--dense-labels", given])[0]["dense_labels"] == pytest.approx(share)
+    assert parse(["--out", "x", "--dense-labels", given])[0]["dense_labels"] == pytest.approx(share)
 
 
 def test_defaults_depend_on_the_encoder_and_flags_win(tmp_path):
@@ -65,7 +66,7 @@ def test_presets_are_whole_settings_that_flags_override(tmp_path, name):
 )
 def test_a_bad_flag_is_named(capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
-        settings.parse(["--data", "x", "--out", "y", *flags])
+        parse(["--data", "x", "--out", "y", *flags])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -95,7 +96,7 @@ def test_settings_that_cannot_work_are_named(task, tmp_path, capsys, flags, mess
 
 def test_out_and_data_are_needed(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        settings.parse(["--data", str(tmp_path)])
+        parse(["--data", str(tmp_path)])
     assert "--out is missing" in capsys.readouterr().err
     assert run(None, tmp_path / "run") == 2
     assert "--data is missing" in capsys.readouterr().err
