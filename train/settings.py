@@ -112,7 +112,8 @@ class Settings:
     encoder_dtype: Dtype = _encoder(
         "fp32",
         "number format of the transformer: fp32; bf16-mixed has fp32 weights, and matrix products in bf16 while training; "
-        "bf16 has bf16 weights, moments and steps that carry on what rounding took (weight decay is lost)",
+        "bf16 has bf16 weights, moments and steps that carry on what rounding took (weight decay is lost). "
+        "For processors with bf16 instructions; others are many times slower with it",
         choices=("fp32", "bf16-mixed", "bf16"),
     )
     gradient_checkpointing: bool = _encoder(

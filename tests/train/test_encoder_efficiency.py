@@ -69,7 +69,10 @@ class Held:
 
 
 def most_bytes_held(work: Callable[[], object], encoder: nn.Module) -> int:
-    """The most bytes that were kept for a backward pass at once during `work`, weights and tensors kept twice left out."""
+    """The most bytes that were kept for a backward pass at once during `work`, weights left out, no memory counted twice.
+
+    What checkpointing computes anew in the backward pass, a layer at a time, is not seen.
+    """
     weights = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
     held: Counter[int] = Counter()
     now = most = 0
