@@ -114,7 +114,7 @@ def _address(listener: socket.socket) -> str:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"python -m serve: error: {message}", file=sys.stderr)
     return 2
 
 

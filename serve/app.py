@@ -13,9 +13,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import Field
 from starlette.types import Receive
 
-from serve import problems, schema
+from serve import docs, problems, schema
 from serve.answers import prediction
 from serve.gateway import Gateway
 from serve.labels import find, search
@@ -35,10 +36,11 @@ def create_app(service: Service) -> Gateway:
         title="Fanin",
         description="The best labels for a text, out of millions: a text classifier with a sparse output layer.",
         version=versions()["fanin"],
-        redoc_url=None,
+        openapi_url=None,  # serve.docs has it
     )
     app.state.service = service
     app.include_router(_router)
+    app.include_router(docs.router)
     problems.install(app)
     app.add_exception_handler(NotReady, _on_not_ready)
     return Gateway(app, service.metrics, service.settings.max_body_bytes)
@@ -184,7 +186,10 @@ async def info(request: Request) -> Any:
 )
 async def labels(
     request: Request,
-    ids: Annotated[str | None, Query(min_length=1, description="Label ids, separated by commas.")] = None,
+    ids: Annotated[
+        list[Annotated[str, Field(min_length=1)]] | None,
+        Query(description="Label ids, separated by commas or given one by one."),
+    ] = None,
     query: Annotated[
         str | None,
         Query(min_length=1, description="Part of the name, ASCII case ignored. Names that begin with it come first."),
@@ -195,7 +200,7 @@ async def labels(
     if query is not None and ids is None:
         found = await asyncio.to_thread(search, table.names, query, limit)
     elif ids is not None and query is None:
-        wanted = ids.split(",")
+        wanted = ",".join(ids).split(",")
         places = await asyncio.to_thread(find, table.ids, wanted)
         if unknown := [repr(text) for text in wanted if text not in places]:
             raise Problem(404, "unknown-label", f"there is no label with id {', '.join(unknown)}")

@@ -32,6 +32,8 @@ class Gateway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        if scope["method"] == "HEAD":  # as GET for the app; the server leaves the body out
+            scope = {**scope, "method": "GET"}
         exchange = _Exchange(scope, receive, send, self._max_body_bytes)
         self._metrics.requests_in_progress.inc()
         try:

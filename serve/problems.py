@@ -49,7 +49,7 @@ class Problem(Exception):
 
 def invalid(*errors: tuple[str, str]) -> Problem:
     """422 with each fault and where it is."""
-    detail = "; ".join(f"{pointer}: {text}" for pointer, text in errors[:3])
+    detail = "; ".join(f"{pointer}: {text}" if pointer else text for pointer, text in errors[:3])
     return Problem(422, "invalid-request", detail + ("; …" if len(errors) > 3 else ""), errors=errors)
 
 
@@ -84,8 +84,12 @@ async def _on_problem(request: Request, error: Exception) -> Response:
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     faults = error.errors()
-    if any(fault["type"] == "json_invalid" for fault in faults):
-        problem = Problem(400, "bad-json", f"the body is not JSON: {faults[0].get('ctx', {}).get('error', faults[0]['msg'])}")
+    first = faults[0]
+    if first["type"] == "json_invalid":
+        reason = f"{first['ctx']['error']}: character {first['loc'][1] + 1}"
+        problem = Problem(400, "bad-json", f"the body is not JSON: {reason}")
+    elif first["loc"] == ("body",):  # absent, or not an object
+        problem = invalid(("", 'the body must be an object such as {"inputs": "a text"}'))
     else:
         problem = invalid(*((_pointer(fault["loc"]), fault["msg"]) for fault in faults))
     return problem.response(request.state.id)
@@ -95,12 +99,21 @@ async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path
     kind, detail = {
-        400: ("bad-json", "the body is not JSON in UTF-8"),
+        400: ("bad-json", _unreadable(error.__cause__)),
         404: ("not-found", f"there is nothing at {path}"),
         413: ("body-too-large", str(error.detail)),
         405: ("method-not-allowed", f"{request.method} is not possible at {path}"),
     }.get(error.status_code, (HTTPStatus(error.status_code).phrase.lower().replace(" ", "-"), str(error.detail)))
     return Problem(error.status_code, kind, detail, headers=error.headers).response(request.state.id)
+
+
+def _unreadable(cause: BaseException | None) -> str:
+    """What is wrong with a body that the JSON parser gives up on, by what it raised."""
+    if isinstance(cause, RecursionError):
+        return "the body is nested too deeply"
+    if isinstance(cause, UnicodeDecodeError):
+        return f"the body is not JSON in UTF-8: {cause.reason}: byte {cause.start + 1}"
+    return "the body is not JSON that can be read: a number has too many digits"
 
 
 async def _on_exception(request: Request, error: Exception) -> Response:

@@ -117,9 +117,6 @@ def test_a_long_text_is_an_error_when_it_must_not_be_cut(client: httpx.Client) -
         ({"inputs": "a", "top-k": 5}, "/top-k"),
         ({"inputs": "a", "a/b~c": 5}, "/a~1b~0c"),
         ({"inputs": "a", "texts": 1}, "/texts"),
-        ([], ""),
-        ("text", ""),
-        (None, ""),
     ],
 )
 def test_what_is_not_valid_is_named_by_its_place(client: httpx.Client, body: Any, pointer: str) -> None:
@@ -130,20 +127,30 @@ def test_what_is_not_valid_is_named_by_its_place(client: httpx.Client, body: Any
     assert errors[0]["detail"]
 
 
+@pytest.mark.parametrize("content", [b"", b"[]", b'"text"', b"null"])
+def test_a_body_that_is_no_object_is_told_what_one_looks_like(client: httpx.Client, content: bytes) -> None:
+    response = client.post("/predict", content=content, headers={"Content-Type": "application/json"})
+    problem = problem_of(response, 422, "invalid-request")
+    assert problem["detail"] == 'the body must be an object such as {"inputs": "a text"}'
+    assert [error["pointer"] for error in problem["errors"]] == [""]
+
+
 @pytest.mark.parametrize(
-    "content",
+    ("content", "reason"),
     [
-        b'{"inputs": "a"',
-        b"inputs=a",
-        b'{"inputs": "\xff"}',
-        b"[" * 100_000,
-        b'{"inputs": "a", "top_k": ' + b"9" * 5000 + b"}",
-        b"\0",
+        (b"{", "is not JSON: Expecting property name enclosed in double quotes: character 2"),
+        (b'{"inputs": "a"', "is not JSON: Expecting ',' delimiter: character 15"),
+        (b"inputs=a", "is not JSON: Expecting value: character 1"),
+        (b'{"inputs": "\xff"}', "is not JSON in UTF-8: invalid start byte: byte 13"),
+        (b"[" * 100_000, "is nested too deeply"),
+        (b'{"inputs": "a", "top_k": ' + b"9" * 5000 + b"}", "too many digits"),
+        (b"\0", "is not JSON"),
     ],
-    ids=["cut", "form", "not utf-8", "too deep", "too many digits", "nul"],
+    ids=["cut early", "cut late", "form", "not utf-8", "too deep", "too many digits", "nul"],
 )
-def test_what_is_not_json_is_400(client: httpx.Client, content: bytes) -> None:
-    problem_of(client.post("/predict", content=content, headers={"Content-Type": "application/json"}), 400, "bad-json")
+def test_what_is_not_json_is_400_with_the_reason(client: httpx.Client, content: bytes, reason: str) -> None:
+    response = client.post("/predict", content=content, headers={"Content-Type": "application/json"})
+    assert reason in problem_of(response, 400, "bad-json")["detail"]
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""])
@@ -173,6 +180,13 @@ def test_unknown_paths_and_methods(client: httpx.Client) -> None:
     assert response.headers["allow"] == "POST"
 
 
+@pytest.mark.parametrize("path", ["/", "/docs", "/livez", "/readyz", "/info", "/metrics", "/nothing"])
+def test_head_is_get_without_the_body(client: httpx.Client, path: str) -> None:
+    head, get = client.head(path), client.get(path)
+    assert (head.status_code, head.headers["content-type"]) == (get.status_code, get.headers["content-type"])
+    assert head.content == b""
+
+
 @pytest.mark.parametrize("path", ["/health", "/readyz"])
 def test_ready(client: httpx.Client, path: str) -> None:
     assert client.get(path).json() == {"status": "ready"}
@@ -195,8 +209,9 @@ def test_info_says_what_is_served_but_not_its_labels(client: httpx.Client, engin
 
 
 def test_labels_by_id_keep_the_order_asked_for(client: httpx.Client) -> None:
-    answer = client.get("/labels", params={"ids": "t-7,t-499,t-0"}).json()
-    assert answer == {"labels": [{"id": f"t-{i}", "name": f"topic {i}"} for i in (7, 499, 0)]}
+    for ids in ("t-7,t-499,t-0", ["t-7", "t-499", "t-0"], ["t-7", "t-499,t-0"]):
+        answer = client.get("/labels", params={"ids": ids}).json()
+        assert answer == {"labels": [{"id": f"t-{i}", "name": f"topic {i}"} for i in (7, 499, 0)]}
 
 
 def test_labels_by_part_of_their_name(client: httpx.Client) -> None:
@@ -251,7 +266,26 @@ def test_the_api_describes_itself(client: httpx.Client) -> None:
             schema = answer["content"]["application/problem+json"]["schema"]["$ref"].removeprefix("#/components/schemas/")
             assert {"type", "title", "status", "detail"} <= set(api["components"]["schemas"][schema]["properties"])
     assert "labels" not in api["components"]["schemas"]["PredictRequest"]["properties"]
-    assert client.get("/docs").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_its_pages_name_no_other_server(client: httpx.Client, path: str) -> None:
+    page = client.get(path)
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    # of addresses there is only the namespace of an icon
+    assert page.text.replace("http://www.w3.org/2000/svg", "").count("://") == 0
+
+
+@pytest.mark.parametrize("file", ["swagger-ui-bundle.js", "swagger-ui.css", "favicon.png"])
+def test_the_description_brings_its_files(client: httpx.Client, file: str) -> None:
+    assert file in client.get("/docs").text
+    assert client.get(f"/docs/{file}").status_code == 200
+
+
+@pytest.mark.parametrize("file", ["absent.js", "%2e%2e%2fcore.py", "..%2f__init__.py"])
+def test_the_description_brings_no_other_files(client: httpx.Client, file: str) -> None:
+    problem_of(client.get(f"/docs/{file}"), 404, "not-found")
 
 
 def test_metrics_parse_and_count_what_happened(server: Process) -> None:
@@ -265,11 +299,13 @@ def test_metrics_parse_and_count_what_happened(server: Process) -> None:
         before = read()
         ask(client, inputs=[TEXTS[0], " ".join(TEXTS)])
         client.get("/no/such/path/3f7a")
+        client.get("/docs")
         after = read()
         grown = {key: after[key] - before.get(key, 0) for key in after}
 
     assert grown[("fanin_requests_total", "code=200", "route=/predict")] == 1
     assert grown[("fanin_requests_total", "code=404", "route=unmatched")] == 1
+    assert grown[("fanin_requests_total", "code=200", "route=/docs")] == 1
     assert grown[("fanin_request_duration_seconds_count", "route=/predict")] == 1
     assert grown[("fanin_inputs_total",)] == grown[("fanin_input_tokens_count",)] == 2
     assert grown[("fanin_truncated_inputs_total",)] == 1
@@ -285,11 +321,3 @@ def test_metrics_parse_and_count_what_happened(server: Process) -> None:
         assert after[("fanin_model_bytes", f"component={component}", "device=cpu")] > 1000
     assert 50e6 < after[("fanin_host_memory_bytes", "kind=pss")] <= after[("fanin_host_memory_bytes", "kind=rss")] < 4e9
     assert not any("3f7a" in part for key in after for part in key)
-
-
-def test_the_page_brings_everything_it_needs(client: httpx.Client) -> None:
-    page = client.get("/")
-    assert page.headers["content-type"].startswith("text/html")
-    assert "default-src 'none'" in page.headers["content-security-policy"]
-    assert "http://www.w3.org/2000/svg" in page.text  # the icon's namespace, the only address on it
-    assert page.text.count("://") == 1

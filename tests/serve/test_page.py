@@ -130,6 +130,21 @@ def test_it_asks_nobody_but_its_server(page: Browser, server: Process) -> None:
     assert all(url.startswith((server.url, "data:")) for url in page.requests)
 
 
+def test_the_description_of_the_api_needs_nobody_else_either(chromium: Browser, server: Process) -> None:
+    listen = "window.refused = []; addEventListener('securitypolicyviolation', (event) => refused.push(event.blockedURI))"
+    script = chromium.call("Page.addScriptToEvaluateOnNewDocument", source=listen)["identifier"]
+    chromium.requests.clear()
+    try:
+        chromium.open(f"{server.url}/docs")
+        chromium.wait_for("document.querySelectorAll('.opblock').length === 7")
+        chromium.run("document.querySelector('.opblock-post .opblock-summary-control').click()")
+        chromium.wait_for("document.querySelector('.opblock-post .response-col_status') !== null")
+        assert chromium.run("refused") == []
+    finally:
+        chromium.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
+    assert all(url.startswith((server.url, "data:")) for url in chromium.requests)
+
+
 def test_it_fits_a_telephone_and_the_dark(page: Browser, tmp_path: Path) -> None:
     page.type(TEXTS[0])
     page.press("Enter", ctrl=True)

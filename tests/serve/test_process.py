@@ -107,7 +107,7 @@ def test_a_damaged_bundle_is_refused_by_file(bundle_path: Path, tmp_path: Path, 
     result = serve(str(damaged), "--port", "0")
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
+    assert result.stderr.startswith("python -m serve: error: ")
     assert file in result.stderr
     assert result.stderr.count("\n") == 1
 
