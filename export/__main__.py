@@ -7,23 +7,27 @@ import sys
 from pathlib import Path
 
 from export.convert import DTYPES
+from models.extras import missing
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code, which --help explains."""
     given = _parser().parse_args(argv)
-    from export.pack import INPUT_ERRORS, ParityError, pack  # torch takes seconds to load; --help should not
-
     try:
+        from export.pack import INPUT_ERRORS, ParityError, pack  # torch takes seconds to load; --help should not
+
         manifest = pack(
             given.run, given.out, checkpoint=given.checkpoint, name=given.name, head_dtype=given.head_dtype, force=given.force
         )
+    # These two first: the others' names are not there when an import fails or is interrupted.
+    except ImportError as error:
+        return _fail(missing(error, "train"), 2)
+    except KeyboardInterrupt:
+        return _fail("stopped; nothing was written", 130)
     except INPUT_ERRORS as error:
         return _fail(str(error), 2)
     except ParityError as error:
         return _fail(f"the bundle does not answer as the checkpoint does, and is not kept: {error}", 1)
-    except KeyboardInterrupt:
-        return _fail("stopped; nothing was written", 130)
     print(f"{given.out}: {manifest.summary()}")
     return 0
 

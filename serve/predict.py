@@ -12,14 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, get_args
+from typing import IO, TYPE_CHECKING, Any, get_args
 
 from tqdm import tqdm
 
 from export.bundle import BundleError
+from models.extras import missing
 from serve.answers import Scores, prediction
-from serve.engine import Engine
 from serve.tokens import TextTokenizer
+
+if TYPE_CHECKING:
+    from serve.engine import Engine
 
 _DESCRIPTION = """\
 Predicts the labels of every text in a file. Each line of the input is {"text": …}; other fields do not matter. Line n of the
@@ -35,7 +38,7 @@ _BATCH_INPUTS, _BATCH_TOKENS = 32, 2048  # larger ones are no faster
 
 
 class InputError(ValueError):
-    """A line cannot be read; the message names file, line and reason."""
+    """A line cannot be read, or the output not be written; the message names file, line and reason."""
 
 
 def predict(
@@ -73,29 +76,43 @@ def main() -> int:
     parser.add_argument("--input", type=Path, required=True, metavar="FILE", help="JSON lines to read, plain or .gz")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines to write, plain or .gz")
     parser.add_argument("--top-k", type=int, default=10, metavar="K", help="labels per text (default: %(default)s)")
-    parser.add_argument("--scores", choices=get_args(Scores), default="probability", help="(default: %(default)s)")
+    parser.add_argument(
+        "--scores",
+        choices=get_args(Scores),
+        default="probability",
+        help="the head's own score (logit) or its sigmoid; the order is the same (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads to use (default: the cores this process may use)")
     arguments = parser.parse_args()
     if arguments.top_k < 1 or (arguments.threads is not None and arguments.threads < 1):
         parser.error("--top-k and --threads must be at least 1")
     try:
+        from serve.engine import Engine
+
         engine = Engine.open(arguments.bundle, arguments.threads)
         _run(engine, arguments.input, arguments.output, arguments.top_k, arguments.scores)
+    except ImportError as error:
+        return _fail(missing(error, "cpu"), 2)
     except (BundleError, InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error), 2)
     except KeyboardInterrupt:
-        return 130
+        return _fail("stopped; nothing was written", 130)
     return 0
 
 
+def _fail(message: str, code: int) -> int:
+    print(f"python -m serve.predict: error: {message}", file=sys.stderr)
+    return code
+
+
 def _run(engine: Engine, source: Path, target: Path, k: int, scores: Scores) -> None:
-    total = sum(1 for _ in _texts(source))  # finds a bad line before hours of work, not after
-    tokenizer, texts = engine.new_tokenizer(), _texts(source)
-    with _replacing(target) as out, tqdm(total=total, unit=" texts", desc="predict") as bar:
-        while window := list(islice(texts, _WINDOW)):
-            for answer in predict(engine, tokenizer, window, k, scores, progress=bar.update):
-                out.write(json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+    with _replacing(target) as out:
+        total = sum(1 for _ in _texts(source))  # finds a bad line before hours of work, not after
+        tokenizer, texts = engine.new_tokenizer(), _texts(source)
+        with tqdm(total=total, unit=" texts", desc="predict") as bar:
+            while window := list(islice(texts, _WINDOW)):
+                for answer in predict(engine, tokenizer, window, k, scores, progress=bar.update):
+                    out.write(json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
 
 
 def _texts(source: Path) -> Iterator[str]:
@@ -103,7 +120,7 @@ def _texts(source: Path) -> Iterator[str]:
     try:
         with gzip.open(source) if source.suffix == ".gz" else source.open("rb") as lines:
             for line in lines:
-                text = json.loads(line)["text"]
+                text = json.loads(line.rstrip(b"\r\n"))["text"]  # or a line cut short would be wrong in a second line
                 if not isinstance(text, str):
                     raise TypeError('"text" is not a string')
                 if not text or text.isspace():
@@ -120,9 +137,15 @@ def _texts(source: Path) -> Iterator[str]:
 @contextmanager
 def _replacing(target: Path) -> Iterator[IO[bytes]]:
     """A file that takes the name `target` when the block ends well, and leaves nothing behind when it does not."""
+    if target.is_dir():
+        raise InputError(f"{target}: is a folder")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        opened = partial.open("wb")
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written: {error.strerror}") from error
+    try:
+        with opened as file:
             if target.suffix == ".gz":
                 with gzip.open(file, "wb", compresslevel=6) as packed:
                     yield packed  # type: ignore[misc]

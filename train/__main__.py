@@ -6,39 +6,50 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+from models.extras import missing
 from train import flags, settings
+from train.progress import Lines
 from train.runs import Run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code, which --help explains."""
     given, resume = flags.parse(argv)
-    # torch and transformers take seconds to import: --help and a bad flag do not wait for them.
-    from models.encoder import EncoderError
-    from models.head import HeadError
-    from train import report
-    from train.checkpoint import CheckpointError
-    from train.data import DataError
-    from train.interrupt import StoppedError
-    from train.prepare import prepare
-    from train.tensorboard import Events
-    from train.trainer import DivergedError
-
     run = Run(Path(given["out"]))
     try:
+        # torch and transformers take seconds to import: --help and a bad flag do not wait for them.
+        from models.encoder import EncoderError
+        from models.head import HeadError
+        from train import report
+        from train.checkpoint import CheckpointError
+        from train.data import DataError
+        from train.interrupt import StoppedError
+        from train.prepare import prepare
+        from train.tensorboard import Events
+        from train.trainer import DivergedError
+
         stored = run.config() if resume else None
         if stored is None:
+            if resume and "data" not in given:
+                raise settings.SettingsError(f"--out {run.folder}: no run to resume")
             chosen = settings.new(given)
             if not resume:
                 run.refuse_to_overwrite()
         else:
             chosen = settings.resumed(stored["settings"], given)
         trainer = prepare(chosen, run)
+        if not sys.stderr.isatty():
+            run.log.follow(Lines(chosen.epochs))
         try:
             with closing(Events(run.folder / "tensorboard", run.log)):
                 trainer.run()
         finally:
             report.write([run.folder], run.folder / "report.html")
+    # These two first: the others' names are not there when an import fails or is interrupted.
+    except ImportError as error:
+        return _fail(missing(error, "train"), 2)
+    except KeyboardInterrupt:
+        return _fail("stopped at once; if a checkpoint was saved before, --resume goes on from it", 130)
     except (settings.SettingsError, DataError, EncoderError, HeadError, CheckpointError, OSError) as error:
         return _fail(str(error), 2)
     except DivergedError as error:
@@ -46,9 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     except StoppedError as stop:
         print(f"stopped by {stop}, state saved; go on with: python -m train --out {run.folder} --resume", file=sys.stderr)
         return 128 + stop.signum
-    except KeyboardInterrupt:
-        return _fail("stopped at once; if a checkpoint was saved before, --resume goes on from it", 130)
-    print(f"finished: {run.folder}")
+    print(f"finished: {run.folder}; pack it for serving with: python -m export {run.folder} --out BUNDLE")
     return 0
 
 
@@ -58,4 +67,5 @@ def _fail(message: str, code: int) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a log file has each line at once
     sys.exit(main())

@@ -31,7 +31,8 @@ def parse(argv: list[str] | None) -> tuple[dict[str, Any], bool]:
     groups["files"].add_argument(
         "--resume",
         action="store_true",
-        help="go on from RUN's last checkpoint, with its settings; a run that has none starts again",
+        help="go on from RUN's last checkpoint, with its settings; a run that has none starts again, and with --data a run "
+        "that is not there begins",
     )
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume", False)

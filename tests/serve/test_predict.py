@@ -64,8 +64,9 @@ def test_compressed_files_and_windows(
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("{", "Expecting"),
-        ("", "Expecting"),
+        ("{", "Expecting property name enclosed in double quotes: line 1 column 2"),
+        ('{"text": "a"', "Expecting ',' delimiter: line 1 column 13"),
+        ("", "Expecting value: line 1 column 1"),
         ("[1]", "list indices"),
         ('{"title": "a"}', "no field 'text'"),
         ('{"text": 3}', "not a string"),
@@ -81,7 +82,7 @@ def test_a_bad_line_is_named_and_leaves_no_output(bundle_path: Path, tmp_path: P
     result = run(bundle_path, "--input", source, "--output", target)
     assert result.returncode == 2
     (error,) = result.stderr.splitlines()  # it was found before the work began
-    assert error.startswith(f"error: {source}:3: ")
+    assert error.startswith(f"python -m serve.predict: error: {source}:3: ")
     assert reason in error
     assert target.read_text() == "older"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
@@ -100,12 +101,15 @@ def test_what_cannot_be_opened_is_named(bundle_path: Path, tmp_path: Path) -> No
     source = write(tmp_path / "in.jsonl", [{"text": "a"}])
     for arguments, name in [
         ((bundle_path, "--input", tmp_path / "absent", "--output", tmp_path / "out"), "absent"),
-        ((bundle_path, "--input", source, "--output", tmp_path / "nowhere" / "out"), "nowhere"),
+        ((bundle_path, "--input", source, "--output", tmp_path / "nowhere" / "out"), "nowhere/out: cannot be written: No such"),
+        ((bundle_path, "--input", source, "--output", tmp_path), f"{tmp_path}: is a folder"),
         ((tmp_path, "--input", source, "--output", tmp_path / "out"), "manifest.json"),
     ]:
         result = run(*arguments)
         assert result.returncode == 2
-        assert name in result.stderr.splitlines()[-1]
+        (error,) = result.stderr.splitlines()
+        assert error.startswith("python -m serve.predict: error: ")
+        assert name in error
 
 
 def test_no_text_gives_no_answer(bundle_path: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_serving_process_imports_no_torch(bundle_path: Path) -> None:
     code = f"""
 import sys
-import serve.__main__, serve.predict
+import serve.server, serve.predict
 from pathlib import Path
 from serve.engine import Engine
 engine = Engine.open(Path({str(bundle_path)!r}), threads=1)

@@ -177,7 +177,7 @@ def test_a_real_process_is_stopped_killed_and_continued(task, tmp_path):
     process.send_signal(signal.SIGINT)
     message = process.communicate(timeout=120)[1]
     assert process.returncode == 130, message
-    assert message.startswith("stopped by SIGINT, state saved; go on with: python -m train --out")
+    assert message.splitlines()[-1].startswith("stopped by SIGINT, state saved; go on with: python -m train --out")
 
     process = start("--resume")
     until(rows=len(metrics_so_far()) + 20)
