@@ -83,6 +83,8 @@ def prepare(settings: Settings, run: Run) -> Trainer:
     if folder is not None:
         trainer.restore(folder, progress)
 
+    model = _model(head, trainer.moment_bytes)
+    print(_shape(model))
     run.folder.mkdir(parents=True, exist_ok=True)
     run.write_labels(labels)
     first = next(iter(evaluations))
@@ -93,7 +95,7 @@ def prepare(settings: Settings, run: Run) -> Trainer:
             "settings": settings.as_json(),
             "data": {"path": str(data.folder.resolve()), "format": data.format, "labels": len(labels), "sha256": hashes}
             | {name: _counts(split) for name, split in splits.items()},
-            "model": _model(head, trainer.moment_bytes) | {"embedding_width": encoder.embedding_width},
+            "model": model | {"embedding_width": encoder.embedding_width},
             "versions": _versions(),
         }
     )
@@ -156,3 +158,20 @@ def _model(head: Head, moment_bytes: int) -> dict[str, Any]:
         "moment_bytes": moment_bytes,
         "blocks": blocks,
     }
+
+
+def _shape(model: dict[str, Any]) -> str:
+    """The head for people: a line per block, and what they take in all beside a dense layer."""
+
+    def size(nbytes: int) -> str:
+        return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:,.1f} kB"
+
+    lines = [f"head: {model['labels']:,} labels, {model['width']:,} inputs"]
+    lines += [
+        f"  {block['connectivity']:<8}{block['labels']:>11,} labels   fan-in {block['fan_in']:>6,}"
+        f"   {block['dtype']}{size(block['bytes']):>15}"
+        for block in model["blocks"]
+    ]
+    dense_bytes = 4 * model["labels"] * (model["width"] + 1)
+    share = model["head_bytes"] / dense_bytes
+    return "\n".join([*lines, f"  {size(model['head_bytes'])} in all, {share:.1%} of a dense fp32 layer's {size(dense_bytes)}"])

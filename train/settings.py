@@ -132,7 +132,10 @@ class Settings:
     fan_in: int = _head(128, "inputs of a label", _count, unit="K")
     group_size: int = _head(32, "labels in a group, a multiple of 16", _count, unit="G")
     dense_labels: float = _head(
-        0.02, "share of the labels, the most frequent, that read all inputs: 0.02 or 2%%", _share, unit="SHARE"
+        0.02,
+        "share of the labels, the most frequent, that read all inputs, rounded up to whole groups: 0.02 or 2%%",
+        _share,
+        unit="SHARE",
     )
     tiers: str | None = _head(
         None,
