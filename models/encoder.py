@@ -151,6 +151,7 @@ class Encoder(nn.Module):
             max_position_embeddings=config.max_length,
             type_vocab_size=1,
             pad_token_id=PAD_ID,
+            dtype="float32",
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

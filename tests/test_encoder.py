@@ -201,6 +201,9 @@ def test_save_and_load_bit_for_bit(tmp_path: Path, config: dict[str, object]) ->
     for name, weight in encoder.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight), name
     assert torch.equal(loaded(*batch(loaded, TEXTS)), encoder(*batch(encoder, TEXTS)))
+    loaded.save(tmp_path / "again")
+    for path in (tmp_path / "encoder").iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_save_and_load_a_pretrained_encoder(tmp_path: Path, minilm_path: Path) -> None:
