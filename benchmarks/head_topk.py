@@ -1,39 +1,57 @@
 """Exact top-k over millions of labels: the sparse head against torch's dense matrix product + topk, on the same numbers.
 
-    python -m benchmarks.head_topk --labels 2800000 --width 768 --batch 1 16
+    python -m benchmarks.head_topk --labels 2800000 --width 768 --batch 1 16 --record
 
 Each sparse head is also laid out as a dense matrix for torch, so both sides answer the same question, and the answers are
 compared. A row per connectivity and batch: times per call, milliseconds per query, ratio to dense, bytes, read bandwidth.
+--record also appends the rows to benchmarks/results/head_topk.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import get_args
 
 import numpy as np
 import torch
 
 from benchmarks import measure
+from export.convert import DTYPES
 from models import kernels
 from models.dtypes import decode
-from models.head import Block, Head
+from models.head import Block, Connectivity, Head, HeadError
 from models.kernels import cpu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.head_topk", description=__doc__.split("\n")[0])
-    parser.add_argument("--labels", type=int, default=2_800_000, help="number of labels (default %(default)s)")
-    parser.add_argument("--width", type=int, default=768, help="input width D (default %(default)s)")
-    parser.add_argument("--fan-in", type=int, nargs="+", default=[32], help="inputs per label (default %(default)s)")
-    parser.add_argument("--group-size", type=int, default=32, help="labels per group (default %(default)s)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="batch sizes (default 1 16)")
-    parser.add_argument("--connectivity", nargs="+", default=["shared", "private", "dense"], help="default: all three")
-    parser.add_argument("--dtype", default="bf16", help="format of the sparse values (default %(default)s)")
-    parser.add_argument("--k", type=int, default=10, help="labels wanted per query (default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=7, help="timed calls of each side (default %(default)s)")
+    parser = _parser()
+    args = parser.parse_args()
+    try:
+        _run(args)
+    except HeadError as error:
+        parser.error(str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.head_topk", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--labels", type=measure.count, default=2_800_000, help="number of labels (default %(default)s)")
+    parser.add_argument("--width", type=measure.count, default=768, help="input width D (default %(default)s)")
+    parser.add_argument("--fan-in", type=measure.count, nargs="+", default=[32], help="inputs per label (default %(default)s)")
+    parser.add_argument("--group-size", type=measure.count, default=32, help="labels per group (default %(default)s)")
+    parser.add_argument("--batch", type=measure.count, nargs="+", default=[1, 16], help="batch sizes (default 1 16)")
+    parser.add_argument(
+        "--connectivity", nargs="+", choices=get_args(Connectivity), default=["shared", "private", "dense"], help="default: all"
+    )
+    parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="format of the sparse values (default %(default)s)")
+    parser.add_argument("--k", type=measure.count, default=10, help="labels wanted per query (default %(default)s)")
+    parser.add_argument("--repeats", type=measure.count, default=7, help="timed calls of each side (default %(default)s)")
     parser.add_argument("--dense-fp32", action="store_true", help="also time torch dense fp32 (twice the memory of bf16)")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results/head_topk.jsonl")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
     torch.set_num_threads(cpu.threads())
     rng = np.random.default_rng(args.seed)
     bandwidth = measure.read_bandwidth()
@@ -53,7 +71,10 @@ def main() -> None:
             weight = dense_weight(block, args.labels)
             for batch in args.batch:
                 x = rng.standard_normal((batch, args.width), dtype=np.float32)
-                measure.emit("head_topk", compare(head, weight, x, args, bandwidth))
+                rows = compare(head, weight, x, args, bandwidth)
+                measure.show(rows)
+                if args.record:
+                    measure.record("head_topk", rows)
             del block, head, weight
 
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.make_bundle`: a servable bundle with a random head of any size around a given encoder, for load tests.
+"""`python -m benchmarks.make_bundle`: A servable bundle with a random head of any size around a given encoder, for load tests.
 
 It is written the way `python -m export` writes one, so serving it costs what serving a trained model of that size costs.
 """
@@ -88,7 +88,7 @@ def _words(count: int, rng: np.random.Generator) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.make_bundle", description=(__doc__ or "").partition("\n\n")[2])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.make_bundle", description=(__doc__ or "").partition(": ")[2])
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder to write")
     parser.add_argument("--labels", type=int, required=True, help="number of labels")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import datetime
 import json
@@ -85,15 +86,33 @@ def environment() -> dict[str, object]:
     }
 
 
-def emit(benchmark: str, rows: list[dict[str, object]]) -> None:
-    """Prints each row as a JSON line and appends it, with the environment, to benchmarks/results/<benchmark>.jsonl."""
+Row = dict[str, object]
+
+
+def show(rows: list[Row]) -> None:
+    """Prints each row as a JSON line."""
+    for row in rows:
+        print(json.dumps(_rounded(row)), flush=True)
+
+
+def record(benchmark: str, rows: list[Row]) -> None:
+    """Appends each row, with the environment, to benchmarks/results/<benchmark>.jsonl."""
     RESULTS.mkdir(exist_ok=True)
     facts = environment()
     with open(RESULTS / f"{benchmark}.jsonl", "a", encoding="utf-8") as file:
-        for row in rows:
-            rounded = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
-            print(json.dumps(rounded), flush=True)
-            file.write(json.dumps(rounded | facts) + "\n")
+        file.writelines(json.dumps(_rounded(row) | facts) + "\n" for row in rows)
+
+
+def count(text: str) -> int:
+    """A flag's value that is at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _rounded(row: Row) -> Row:
+    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
 
 
 def _processor() -> str:

@@ -1,42 +1,61 @@
 """One training step of the head: our fused step against torch's dense layer, loss, backward and optimizer.
 
-    python -m benchmarks.train_step --labels 250000 --width 384 --fan-in 64 --batch 64
+    python -m benchmarks.train_step --labels 250000 --width 384 --fan-in 64 --batch 64 --record
 
 Both sides compute binary cross-entropy summed over the labels, the gradient of the inputs, and the weight update. A row per
 connectivity and for torch dense in fp32 and bf16: time per step, ratio, weight bytes and the memory a step needs beyond them.
+--record also appends the rows to benchmarks/results/train_step.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import get_args
 
 import numpy as np
 import torch
 
 from benchmarks import measure
 from models import kernels
-from models.head import Block, Head
+from models.head import Block, Connectivity, Head, HeadError
 from models.kernels import Optimizer, Positives, cpu, rounding_key
 
 Step = Callable[[], object]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.train_step", description=__doc__.split("\n")[0])
-    parser.add_argument("--labels", type=int, default=250_000, help="number of labels (default %(default)s)")
-    parser.add_argument("--width", type=int, default=384, help="input width D (default %(default)s)")
-    parser.add_argument("--fan-in", type=int, default=64, help="inputs per label (default %(default)s)")
-    parser.add_argument("--group-size", type=int, default=32, help="labels per group (default %(default)s)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[64], help="batch sizes (default 64)")
-    parser.add_argument("--positives", type=int, default=5, help="positive labels per row (default %(default)s)")
-    parser.add_argument("--connectivity", nargs="+", default=["shared", "private", "dense"], help="default: all three")
+    parser = _parser()
+    args = parser.parse_args()
+    if args.positives > args.labels:
+        parser.error(f"--positives {args.positives} is more than --labels {args.labels}")
+    try:
+        _run(args)
+    except HeadError as error:
+        parser.error(str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--labels", type=measure.count, default=250_000, help="number of labels (default %(default)s)")
+    parser.add_argument("--width", type=measure.count, default=384, help="input width D (default %(default)s)")
+    parser.add_argument("--fan-in", type=measure.count, default=64, help="inputs per label (default %(default)s)")
+    parser.add_argument("--group-size", type=measure.count, default=32, help="labels per group (default %(default)s)")
+    parser.add_argument("--batch", type=measure.count, nargs="+", default=[64], help="batch sizes (default 64)")
+    parser.add_argument("--positives", type=measure.count, default=5, help="positive labels per row (default %(default)s)")
+    parser.add_argument(
+        "--connectivity", nargs="+", choices=get_args(Connectivity), default=["shared", "private", "dense"], help="default: all"
+    )
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"], help="format of the values (default %(default)s)")
     parser.add_argument("--optimizer", default="sgd", choices=["sgd", "momentum", "adam"], help="default %(default)s")
     parser.add_argument("--baseline", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"], help="default: both")
-    parser.add_argument("--repeats", type=int, default=7, help="timed steps of each side (default %(default)s)")
+    parser.add_argument("--repeats", type=measure.count, default=7, help="timed steps of each side (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results/train_step.jsonl")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
     torch.set_num_threads(cpu.threads())
     rng = np.random.default_rng(args.seed)
     for batch in args.batch:
@@ -71,7 +90,9 @@ def main() -> None:
                 "weight_bytes": weight_bytes[name], "extra_bytes": extra_bytes[name],
             }  # fmt: skip
             rows.append(row)
-        measure.emit("train_step", rows)
+        measure.show(rows)
+        if args.record:
+            measure.record("train_step", rows)
 
 
 def fused_step(block: Block, x: np.ndarray, positives: list[np.ndarray], args: argparse.Namespace) -> Step:
