@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from fnmatch import fnmatch
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,29 @@ def test_pins_are_exact_and_no_package_has_two() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", line) for line in lines)
     assert len(pins()) == len(lines)
+
+
+def imported(package: str) -> set[str]:
+    """The distributions that a package of ours imports."""
+    names: set[str] = set()
+    for file in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module.partition(".")[0])
+    foreign = names - sys.stdlib_module_names - set(PROJECT["tool"]["scikit-build"]["wheel"]["packages"])
+    distributions = packages_distributions()
+    return {canonicalize_name(each) for name in foreign for each in distributions[name]}
+
+
+@pytest.mark.parametrize(("package", "extra"), [("models", "train"), ("train", "train"), ("export", "train"), ("serve", "cpu")])
+def test_what_is_imported_is_required(package: str, extra: str) -> None:
+    project = PROJECT["project"]
+    required = {
+        canonicalize_name(Requirement(line).name) for line in project["dependencies"] + project["optional-dependencies"][extra]
+    }
+    assert imported(package) - required <= {"pydantic", "pydantic-core", "starlette"}  # fastapi is made of them
 
 
 def copied_into_the_image() -> list[str]:
