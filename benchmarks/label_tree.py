@@ -19,13 +19,14 @@ from train.tree import similarity_order
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.label_tree", description=__doc__.split("\n")[0])
-    parser.add_argument("--labels", type=int, default=3_000_000, help="number of labels (default %(default)s)")
-    parser.add_argument("--width", type=int, default=384, help="width of the label vectors (default %(default)s)")
-    parser.add_argument("--group-size", type=int, default=32, help="labels per group (default %(default)s)")
+    parser.add_argument("--labels", type=measure.count, default=3_000_000, help="number of labels (default %(default)s)")
+    parser.add_argument("--width", type=measure.count, default=384, help="width of the label vectors (default %(default)s)")
+    parser.add_argument("--group-size", type=measure.count, default=32, help="labels per group (default %(default)s)")
     parser.add_argument(
         "--noise", type=float, default=0.5, help="distance from the centre, 1 is a centre's length (default %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", action="store_true", help="append the row to benchmarks/results/label_tree.jsonl")
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
     centres = rng.standard_normal((max(1, args.labels // args.group_size), args.width), dtype=np.float32)
@@ -47,7 +48,9 @@ def main() -> None:
         "vectors_mb": vectors.nbytes / 1e6, "peak_memory_before_mb": before, "peak_memory_mb": peak_memory_mb(),
         "centres_per_group": float(distinct.mean()),
     }  # fmt: skip
-    measure.emit("label_tree", [row])
+    measure.show([row])
+    if args.record:
+        measure.record("label_tree", [row])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,118 @@
+"""Accuracy of sparse and dense heads on the same data, encoder and epochs; and what each part of the training adds.
+
+    python -m benchmarks.accuracy compare --data ../tib-titles --runs runs/tib --seeds 0 1 2
+    python -m benchmarks.accuracy ablate --data ../tib-titles --runs runs/tib
+
+Every run is a `python -m train` of its own in RUNS/NAME-SEED. One that is there is continued or, when it is finished, only
+read; so the command may be stopped and called again. The table goes to standard output; --record appends the rows to
+benchmarks/results/accuracy.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure
+
+SPARSE = "--fan-in 64 --dense-labels 2%"
+HEADS = {
+    "sparse": SPARSE,
+    "dense": "--connectivity dense --head-dtype fp32 --intermediate 0",
+}
+ABLATIONS = {
+    "sparse": SPARSE,
+    "rewire off": f"{SPARSE} --rewire off",
+    "rewire gradient": f"{SPARSE} --rewire gradient",
+    "grouping random": f"{SPARSE} --grouping random",
+    "grouping frequency": f"{SPARSE} --grouping frequency",
+    "auxiliary": f"{SPARSE} --auxiliary 0.5",
+    "intermediate 1024": f"{SPARSE} --intermediate 1024",
+    "intermediate 4096": f"{SPARSE} --intermediate 4096",
+    "private": f"{SPARSE} --connectivity private",
+    "no dense block": "--fan-in 64 --dense-labels 0",
+    "tiers": "--tiers dense:2%,128:18%,48:80%",
+    "fan-in 32": "--fan-in 32 --dense-labels 2%",
+    "fan-in 128": "--fan-in 128 --dense-labels 2%",
+    "positives weighted": f"{SPARSE} --weight-positives",
+    "squared hinge": f"{SPARSE} --loss squared_hinge",
+}
+METRICS = ("P@1", "P@3", "P@5", "PSP@1", "PSP@5")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.accuracy", description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["compare", "ablate"], help="dense beside sparse, or sparse with one thing changed")
+    parser.add_argument("--data", type=Path, required=True, help="data folder")
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs and their cache")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
+    parser.add_argument("--only", nargs="+", help="names of the heads to train, of those of the table")
+    parser.add_argument("--flags", default="", help="flags of python -m train for all runs, in one string")
+    parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results/accuracy.jsonl")
+    args = parser.parse_args()
+    rows = []
+    for name, flags in (HEADS if args.what == "compare" else ABLATIONS).items():
+        if args.only and name not in args.only:
+            continue
+        for seed in args.seeds:
+            run = args.runs / f"{name.replace(' ', '-')}-{seed}"
+            train(run, ["--data", str(args.data), "--cache", str(args.runs / "cache"), "--seed", str(seed)], args.flags, flags)
+            rows.append({"data": args.data.name, "head": name, "seed": seed, **result(run)})
+            measure.show(rows[-1:])
+    print(table(rows))
+    if args.record:
+        measure.record("accuracy", rows)
+
+
+def train(run: Path, common: list[str], *flags: str) -> None:
+    """Trains into `run`, goes on with what is there, or does nothing when it is finished."""
+    command = [sys.executable, "-m", "train", "--out", str(run), "--resume", *common]
+    for part in flags:
+        command += shlex.split(part)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def result(run: Path) -> dict[str, Any]:
+    """Metrics of the last evaluation of test, bytes of all that comes after the encoder, and minutes of the whole run."""
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = next(row for row in reversed(rows) if row["kind"] == "eval" and row["split"] == "test")
+    model, settings = config["model"], config["settings"]
+    width = model["embedding_width"]
+    intermediate = 4 * (width + 1) * settings["intermediate"]
+    dense = 4 * (width + 1) * model["labels"]
+    return {
+        **{name: round(last[name], 4) for name in METRICS},
+        "bytes": model["head_bytes"] + intermediate,
+        "share_of_dense_fp32": round((model["head_bytes"] + intermediate) / dense, 4),
+        "epochs": settings["epochs"],
+        "minutes": round(sum(row["seconds"] for row in rows if row["kind"] == "stage") / 60, 1),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line per head, means over the seeds, ± standard deviation where there are several."""
+    columns = [*METRICS, "bytes", "share_of_dense_fp32", "minutes"]
+    lines = [f"| head | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for head in dict.fromkeys(row["head"] for row in rows):
+        ours = [row for row in rows if row["head"] == head]
+        lines.append(f"| {head} | {' | '.join(cell(column, [row[column] for row in ours]) for column in columns)} |")
+    return "\n".join(lines)
+
+
+def cell(column: str, numbers: list[float]) -> str:
+    mean = statistics.mean(numbers)
+    if column in METRICS:
+        spread = f" ± {statistics.stdev(numbers):.4f}" if len(numbers) > 1 else ""
+        return f"{mean:.4f}{spread}"
+    return f"{mean / 1e6:.1f} MB" if column == "bytes" else f"{mean:.1%}" if "share" in column else f"{mean:.0f}"
+
+
+if __name__ == "__main__":
+    main()
