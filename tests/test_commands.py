@@ -32,6 +32,8 @@ def run(command: str, modules: Path) -> tuple[int, list[str]]:
     [
         ("train", "torch", "train"),
         ("train", "transformers", "train"),
+        ("train", "pyarrow", "train"),
+        ("train", "jinja2", "train"),
         ("export", "torch", "train"),
         ("export", "onnxruntime", "train"),
         ("serve", "onnxruntime", "cpu"),

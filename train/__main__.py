@@ -9,13 +9,12 @@ from pathlib import Path
 from models.extras import missing
 from train import flags, settings
 from train.progress import Lines
-from train.runs import Run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code, which --help explains."""
     given, resume = flags.parse(argv)
-    run = Run(Path(given["out"]))
+    out = Path(given["out"])
     try:
         # torch and transformers take seconds to import: --help and a bad flag do not wait for them.
         from models.encoder import EncoderError
@@ -25,13 +24,15 @@ def main(argv: list[str] | None = None) -> int:
         from train.data import DataError
         from train.interrupt import StoppedError
         from train.prepare import prepare
+        from train.runs import Run
         from train.tensorboard import Events
         from train.trainer import DivergedError
 
+        run = Run(out)
         stored = run.config() if resume else None
         if stored is None:
             if resume and "data" not in given:
-                raise settings.SettingsError(f"--out {run.folder}: no run to resume")
+                raise settings.SettingsError(f"--out {out}: no run to resume")
             chosen = settings.new(given)
             if not resume:
                 run.refuse_to_overwrite()
@@ -41,10 +42,10 @@ def main(argv: list[str] | None = None) -> int:
         if not sys.stderr.isatty():
             run.log.follow(Lines(chosen.epochs))
         try:
-            with closing(Events(run.folder / "tensorboard", run.log)):
+            with closing(Events(out / "tensorboard", run.log)):
                 trainer.run()
         finally:
-            report.write([run.folder], run.folder / "report.html")
+            report.write([out], out / "report.html")
     # These two first: the others' names are not there when an import fails or is interrupted.
     except ImportError as error:
         return _fail(missing(error, "train"), 2)
@@ -55,9 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     except DivergedError as error:
         return _fail(str(error), 1)
     except StoppedError as stop:
-        print(f"stopped by {stop}, state saved; go on with: python -m train --out {run.folder} --resume", file=sys.stderr)
+        print(f"stopped by {stop}, state saved; go on with: python -m train --out {out} --resume", file=sys.stderr)
         return 128 + stop.signum
-    print(f"finished: {run.folder}; pack it for serving with: python -m export {run.folder} --out BUNDLE")
+    print(f"finished: {out}; pack it for serving with: python -m export {out} --out BUNDLE")
     return 0
 
 
