@@ -90,6 +90,9 @@ class Encoder(nn.Module):
         self.transformer = transformer
         self.dropout = nn.Dropout(config.dropout)
         self.intermediate = nn.Linear(self.embedding_width, config.intermediate) if config.intermediate else None
+        if self.intermediate is not None:  # for a ReLU (He et al. 2015): outputs as large as inputs
+            nn.init.kaiming_normal_(self.intermediate.weight, nonlinearity="relu")
+            nn.init.zeros_(self.intermediate.bias)
         self._room = config.max_length - special
         self._autocast = False
         self.eval()
