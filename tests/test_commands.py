@@ -57,7 +57,12 @@ def test_kernels_that_cannot_be_used_are_one_line(tmp_path: Path, command: str) 
 @each_command
 def test_ctrl_c_while_it_loads_is_one_line(tmp_path: Path, command: str) -> None:
     package = "torch" if command in ("train", "export") else "onnxruntime"
-    (tmp_path / f"{package}.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    stub = """import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with Ctrl-C ignored
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)
+"""
+    (tmp_path / f"{package}.py").write_text(stub)
     code, (line,) = run(command, tmp_path)
     assert code == 130
     assert line.startswith(f"python -m {command}: error: stopped")
