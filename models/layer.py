@@ -1,7 +1,7 @@
 """A drop-in replacement for `torch.nn.Linear` with a fixed fan-in, for other people's models.
 
 The operators are registered with `torch.library` ("fanin::scores" and its two gradients), so autograd and torch.compile see
-one call each. The CPU runs `models.kernels`; another device adds its own with `scores.register_kernel("cuda")` and so on.
+one call each. The CPU runs `models.kernels`, a CUDA device `models.kernels.gpu`.
 
 Dimensions: B batch, D in_features, L out_features, N groups, K fan-in, G group size.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from torch.library import custom_op, register_autocast
 from models import kernels
 from models.head import Block, Connectivity, HeadError
 from models.kernels import reference
+
+if TYPE_CHECKING:
+    from models.kernels.gpu import DeviceBlock
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -173,6 +176,51 @@ def _(x: Tensor, grad: Tensor, values: Tensor, indices: Tensor | None) -> Tensor
     return torch.empty_like(values)
 
 
+# Triton is imported when a tensor is on a GPU, not before: `models.kernels.gpu` needs it, and this module does not.
+
+
+@scores.register_kernel("cuda")
+def cuda_scores(x: Tensor, values: Tensor, bias: Tensor | None, indices: Tensor | None) -> Tensor:
+    from models.kernels import gpu
+
+    if values.dtype != x.dtype:
+        raise ValueError(f"x is {x.dtype}, the layer's values are {values.dtype}")
+    return gpu.scores(x, _device_block(values, bias, indices, x.shape[1]), x.dtype)
+
+
+@grad_input.register_kernel("cuda")
+def cuda_grad_input(grad: Tensor, values: Tensor, indices: Tensor | None, width: int) -> Tensor:
+    from models.kernels import gpu
+
+    return gpu.grad_input(grad, _device_block(values, None, indices, width)).to(
+        grad.dtype, memory_format=torch.contiguous_format
+    )
+
+
+@grad_values.register_kernel("cuda")
+def cuda_grad_values(x: Tensor, grad: Tensor, values: Tensor, indices: Tensor | None) -> Tensor:
+    from models.kernels import gpu
+
+    return gpu.grad_values(x, grad, _device_block(values, None, indices, x.shape[1]), values.dtype)
+
+
+def _device_block(values: Tensor, bias: Tensor | None, indices: Tensor | None, width: int) -> DeviceBlock:
+    from models.kernels.gpu import DeviceBlock
+
+    if values.dtype not in _DTYPES:
+        raise ValueError(f"a layer of {values.dtype} runs on the CPU only")
+    n, _, g = values.shape
+    return DeviceBlock(
+        connectivity="dense" if indices is None else "shared" if indices.ndim == 2 else "private",
+        width=width,
+        dtype=_DTYPES[values.dtype],
+        values=values.contiguous(),
+        bias=values.new_zeros((n, g), dtype=torch.float32) if bias is None else bias.float().contiguous(),
+        label_ids=None,
+        indices=None if indices is None else indices.contiguous(),
+    )
+
+
 # The scores are linear in x and in the values, so the three operations are each other's derivatives, of any order.
 
 
@@ -227,7 +275,8 @@ def _grad_values_backward(ctx: Any, grad_w: Tensor) -> tuple:
 scores.register_autograd(_scores_backward, setup_context=_save_scores)
 grad_input.register_autograd(_grad_input_backward, setup_context=_save_grad_input)
 grad_values.register_autograd(_grad_values_backward, setup_context=_save_grad_values)
-register_autocast(scores, "cpu", torch.float32)
+for _device in ("cpu", "cuda"):
+    register_autocast(scores, _device, torch.float32)
 
 
 class _DoubleBlock(Block):

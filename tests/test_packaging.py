@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-OTHER_MACHINE = {"onnxruntime-gpu", "triton"}  # the Makefile and the Dockerfile do not install them
+OTHER_MACHINE = {"onnxruntime-gpu"}  # the Makefile and the Dockerfile do not install it
 
 
 def pins() -> dict[str, str]:
