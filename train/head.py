@@ -12,29 +12,25 @@ from torch import Tensor
 
 from models import kernels
 from models.head import Head
-from models.kernels import Moments, Optimizer, Positives, rounding_key
+from models.kernels import Optimizer, Positives, rounding_key
 from train.auxiliary import Auxiliary
 from train.rewiring import Batch, Rewiring, Schedule
 from train.settings import Settings
 
 
 class HeadTraining:
-    """Trains `head` in place over `steps` steps. `positive_weights` fp32 [L] weigh each label's positives, None: all 1."""
+    """Trains `head` in place over `steps` steps. `moments` are the optimizer's, for each block."""
 
     def __init__(self, head: Head, settings: Settings, steps: int, positive_weights: np.ndarray | None) -> None:
+        """`positive_weights` fp32 [L] weigh each label's positives, None: all 1."""
         self.head = head
         self._settings = settings
         self._positive_weights = positive_weights
         self._located = head.slots()
         self._optimizer = Optimizer(settings.head_optimizer, weight_decay=settings.head_weight_decay)
-        self._moments = [self._optimizer.moments(block) for block in head.blocks]
+        self.moments = [self._optimizer.moments(block) for block in head.blocks]
         self._auxiliary = self._new_auxiliary(steps)
         self._rewiring = self._new_rewiring(steps)
-
-    @property
-    def moments(self) -> list[Moments]:
-        """Optimizer moments of each block."""
-        return self._moments
 
     def step(self, x: np.ndarray, labels: Sequence[np.ndarray], step: int, scale: float) -> tuple[float, np.ndarray]:
         """Step `step` (from 0) on x fp32 [B, D], each row's labels, at `scale` times the learning rate.
@@ -47,7 +43,7 @@ class HeadTraining:
         loss, grad_x = 0.0, np.zeros_like(x)
         for i, block in enumerate(head.blocks):
             block_loss, block_grad = kernels.train_step(
-                x, positives[i], block, self._moments[i], loss=settings.loss, smoothing=settings.label_smoothing,
+                x, positives[i], block, self.moments[i], loss=settings.loss, smoothing=settings.label_smoothing,
                 optimizer=replace(self._optimizer, lr=lr), step=step + 1, key=rounding_key(settings.seed, step, i),
             )  # fmt: skip
             loss += block_loss
@@ -69,7 +65,7 @@ class HeadTraining:
     def tensors(self) -> dict[str, Tensor]:
         """All memory beside the head's own that training goes on from, by name. It is this object's, not a copy."""
         arrays: dict[str, np.ndarray] = {}
-        moments = {str(i): each for i, each in enumerate(self._moments)}
+        moments = {str(i): each for i, each in enumerate(self.moments)}
         if self._auxiliary:
             moments["auxiliary"] = self._auxiliary.moments
             arrays |= {f"auxiliary.{name}": getattr(self._auxiliary.block, name) for name in ("values", "bias")}
@@ -93,4 +89,4 @@ class HeadTraining:
             return None
         until = round(settings.rewire_until * steps)
         schedule = Schedule(settings.rewire_every, until, settings.rewire_share, settings.rewire_below)
-        return Rewiring(self.head, self._moments, schedule, settings.rewire, settings.new_weights == "random", settings.seed)
+        return Rewiring(self.head, self.moments, schedule, settings.rewire, settings.new_weights == "random", settings.seed)

@@ -10,7 +10,7 @@ import numpy as np
 
 from models.head import Block, Head
 from models.kernels import cpu
-from models.kernels.step import MOMENTS, Loss, Moments, Optimizer, Positives, rounding_key
+from models.kernels.step import MOMENTS, Loss, Moments, Optimizer, Positives, check_rule, rounding_key
 
 __all__ = [
     "Loss", "Moments", "Optimizer", "Positives", "grad_input", "grad_values", "rounding_key", "scores", "topk", "train_step",
@@ -56,12 +56,7 @@ def train_step(
     x = _input(x, block.width)
     if block.dtype not in ("fp32", "bf16"):
         raise ValueError(f"a block with {block.dtype} values cannot be trained; use fp32 or bf16")
-    if loss not in ("bce", "squared_hinge"):
-        raise ValueError(f"loss is {loss!r}, must be 'bce' or 'squared_hinge'")
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing is {smoothing}, must be at least 0 and below 1")
-    if optimizer.kind not in MOMENTS:
-        raise ValueError(f"optimizer is {optimizer.kind!r}, must be one of {', '.join(MOMENTS)}")
+    check_rule(loss, smoothing, optimizer, step)
     for name, arrays in (("values", moments.values), ("bias", moments.bias)):
         shape = getattr(block, name).shape
         if len(arrays) != MOMENTS[optimizer.kind] or any(m.shape != shape or m.dtype != np.float32 for m in arrays):
@@ -69,8 +64,6 @@ def train_step(
     for array in (block.values, block.bias, *moments.values, *moments.bias):
         if not (array.flags.writeable and array.flags.c_contiguous):
             raise ValueError("values, bias and moments change in place: they must be writable and contiguous")
-    if step < 1:
-        raise ValueError(f"step is {step}, must count from 1")
     _check_positives(positives, block, len(x))
     return cpu.train_step(x, positives, block, moments, loss=loss, smoothing=smoothing, optimizer=optimizer, step=step, key=key)
 

@@ -90,6 +90,18 @@ class Moments:
         return sum(array.nbytes for array in self.values + self.bias)
 
 
+def check_rule(loss: Loss, smoothing: float, optimizer: Optimizer, step: int) -> None:
+    """ValueError names what of a step's rule no backend can follow."""
+    if loss not in ("bce", "squared_hinge"):
+        raise ValueError(f"loss is {loss!r}, must be 'bce' or 'squared_hinge'")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing is {smoothing}, must be at least 0 and below 1")
+    if optimizer.kind not in MOMENTS:
+        raise ValueError(f"optimizer is {optimizer.kind!r}, must be one of {', '.join(MOMENTS)}")
+    if step < 1:
+        raise ValueError(f"step is {step}, must count from 1")
+
+
 def rounding_key(seed: int, step: int, block: int) -> int:
     """The 64-bit key of one step's stochastic rounding in one block."""
     return _splitmix(_splitmix(_splitmix(seed & _MASK) ^ step) ^ block)

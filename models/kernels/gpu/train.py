@@ -17,7 +17,7 @@ from models.kernels.gpu.head import DeviceBlock, DeviceMoments, DevicePositives
 from models.kernels.gpu.launch import Config, choose, labels_at_once, power_of_two, run
 from models.kernels.gpu.ops import check_input, transposed
 from models.kernels.gpu.update import rates_of
-from models.kernels.step import MOMENTS, Loss, Optimizer
+from models.kernels.step import MOMENTS, Loss, Optimizer, check_rule
 
 _SAMPLE = 1 << 12  # groups that trials run on, in a copy, since a step changes them
 _LONG = 512  # the longest side of a tile: of a batch or of a fan-in, one must fit
@@ -117,15 +117,8 @@ def _check(
     check_input(x, block.width)
     if block.scales is not None:
         raise ValueError(f"a block with {block.dtype} values cannot be trained; use fp32, bf16 or fp16")
-    if loss not in ("bce", "squared_hinge"):
-        raise ValueError(f"loss is {loss!r}, must be 'bce' or 'squared_hinge'")
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing is {smoothing}, must be at least 0 and below 1")
-    if optimizer.kind not in MOMENTS:
-        raise ValueError(f"optimizer is {optimizer.kind!r}, must be one of {', '.join(MOMENTS)}")
+    check_rule(loss, smoothing, optimizer, step)
     for name, tensors in (("values", moments.values), ("bias", moments.bias)):
         shape = getattr(block, name).shape
         if len(tensors) != MOMENTS[optimizer.kind] or any(m.shape != shape or m.dtype != torch.float32 for m in tensors):
             raise ValueError(f"moments of {name} do not fit the block and optimizer {optimizer.kind!r}")
-    if step < 1:
-        raise ValueError(f"step is {step}, must count from 1")
