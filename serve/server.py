@@ -11,7 +11,7 @@ from types import FrameType
 import uvicorn
 
 from export.bundle import BundleError
-from serve.app import create_app
+from serve.http.app import create_app
 from serve.metrics import Metrics
 from serve.service import Service
 from serve.settings import Settings

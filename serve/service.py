@@ -1,29 +1,22 @@
-"""One model being served: its engine, queue and engine thread, and the state of the server around them. No HTTP.
+"""What is being served, and the state of the server around it: loading, ready, draining. No HTTP.
 
-All methods are for the event loop's thread; the engine runs in its own.
+All methods are for the event loop's thread.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-
+from serve.backend import Answer, Backend, ClientLeaves
 from serve.engine import Engine
 from serve.metrics import Metrics
-from serve.scheduler import DeadlineExceeded, Job, Scheduler
 from serve.settings import Settings
-from serve.tokens import SHORT_CHARS, Tokens
-from serve.worker import Worker
 
 Status = Literal["loading", "ready", "draining", "engine-stopped"]
-ClientLeaves = Callable[[], Coroutine[Any, Any, None]]
 
 
 class NotReady(Exception):
@@ -34,41 +27,13 @@ class NotReady(Exception):
         self.status = status
 
 
-class ClientLeft(Exception):
-    """The client went away before its answer was ready."""
-
-
-class TooLong(ValueError):
-    """Texts of more than `max_length` tokens when truncation is refused; `positions` are theirs."""
-
-    def __init__(self, positions: list[int], max_length: int) -> None:
-        super().__init__(f"texts {positions} are longer than {max_length} tokens")
-        self.positions, self.max_length = positions, max_length
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What came of a request: per text its tokens and its (labels int32 [k], scores fp32 [k]); and where the time went.
-
-    Labels are those of `engine`, which need not be the service's any more.
-    """
-
-    engine: Engine
-    tokens: list[Tokens]
-    best: list[tuple[np.ndarray, np.ndarray]]
-    tokenize_s: float
-    queue_s: float
-    encode_s: float
-    head_s: float
-
-
 class Service:
     """Loads one bundle and answers requests with it until drained."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings, self.metrics = settings, metrics
         self._draining = False
-        self._backend: _Backend | None = None
+        self._backend: Backend | None = None
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -102,7 +67,7 @@ class Service:
         self.metrics.model_load_duration.set(time.perf_counter() - began)
         warm_up_s = await asyncio.to_thread(engine.warm_up, settings.max_batch_inputs, settings.max_batch_tokens)
         self.metrics.warmup_duration.set(warm_up_s)
-        self._backend = _Backend(engine, settings, self.metrics)
+        self._backend = Backend(engine, settings, self.metrics)
 
     async def predict(
         self, texts: Sequence[str], *, k: int, truncate: bool, timeout_s: float, client_left: ClientLeaves
@@ -133,106 +98,3 @@ class Service:
         """Ends the engine's thread; call it when nothing is under way."""
         if self._backend is not None:
             self._backend.close()
-
-
-class _Backend:
-    """An engine with everything that is tied to it, so that another bundle can take over while this one finishes."""
-
-    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
-        self.engine, self._metrics = engine, metrics
-        self._loop = asyncio.get_running_loop()
-        self._hang_timeout_s = settings.hang_timeout_s
-        self._tokenize_here = engine.new_tokenizer()
-        self._tokenize_there = engine.new_tokenizer()
-        self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
-        self._scheduler = scheduler = Scheduler(
-            max_queue_tokens=settings.max_queue_tokens,
-            max_batch_inputs=settings.max_batch_inputs,
-            max_batch_tokens=settings.max_batch_tokens,
-            padded=engine.padded,
-            deliver=self._deliver,
-        )
-        self._worker = worker = Worker(engine, scheduler, metrics)
-        metrics.queue_inputs.set_function(lambda: scheduler.queue_inputs)
-        metrics.queue_tokens.set_function(lambda: scheduler.queue_tokens)
-        metrics.queue_oldest_age.set_function(lambda: scheduler.queue_oldest_age_s)
-        metrics.worker_heartbeat_age.set_function(lambda: worker.heartbeat_age_s)
-        manifest = engine.bundle.manifest
-        metrics.model.info({"model": manifest.name, "version": engine.version})
-        for component, size in manifest.component_nbytes.items():
-            metrics.model_bytes.labels(component, "cpu").set(size)
-        worker.start()
-
-    @property
-    def alive(self) -> bool:
-        return self._worker.alive and self._worker.heartbeat_age_s < self._hang_timeout_s
-
-    def close(self) -> None:
-        self._scheduler.close()
-        self._worker.join(timeout_s=1)
-        self._tokenizing.shutdown(wait=False)
-
-    async def predict(
-        self, texts: Sequence[str], k: int, truncate: bool, timeout_s: float, client_left: ClientLeaves
-    ) -> Answer:
-        deadline = time.monotonic() + timeout_s
-        self._scheduler.check_room()
-        began = time.perf_counter()
-        tokens = await self._tokenize(texts)
-        tokenize_s = time.perf_counter() - began
-        if not truncate and (too_long := [i for i, text in enumerate(tokens) if text.truncated]):
-            raise TooLong(too_long, self.engine.max_length)
-        future = self._loop.create_future()
-        job = Job(((text.ids, len(text.ids)) for text in tokens), k=k, deadline=deadline, owner=future)
-        try:
-            self._scheduler.submit(job)
-        except DeadlineExceeded:
-            self._metrics.cancelled.labels("tokenize").inc()
-            raise
-        self._observe(tokens, tokenize_s)
-        timer = self._loop.call_later(deadline - time.monotonic(), _end, future, DeadlineExceeded())
-        watch = self._loop.create_task(client_left())
-        watch.add_done_callback(lambda _: _end(future, ClientLeft()))
-        try:
-            await future
-        except (DeadlineExceeded, ClientLeft):
-            self._metrics.cancelled.labels(job.stage).inc()
-            raise
-        finally:
-            timer.cancel()
-            watch.cancel()
-            self._scheduler.cancel(job)  # if it is not over
-        queue_s = job.finished_at - job.admitted_at - job.encoder_s - job.head_s
-        self._metrics.stage["queue"].observe(queue_s)
-        best = [item.result for item in job.items]
-        return Answer(self.engine, tokens, best, tokenize_s, queue_s, job.encoder_s, job.head_s)
-
-    async def _tokenize(self, texts: Sequence[str]) -> list[Tokens]:
-        if sum(map(len, texts)) <= SHORT_CHARS:  # longer ones would hold up the event loop
-            return self._tokenize_here(texts)
-        return await self._loop.run_in_executor(self._tokenizing, self._tokenize_there, texts)
-
-    def _deliver(self, jobs: list[Job]) -> None:
-        with suppress(RuntimeError):  # the loop is closed: the server ended before its last batch
-            self._loop.call_soon_threadsafe(_resolve, jobs)
-
-    def _observe(self, tokens: Sequence[Tokens], tokenize_s: float) -> None:
-        self._metrics.stage["tokenize"].observe(tokenize_s)
-        self._metrics.inputs.inc(len(tokens))
-        for text in tokens:
-            self._metrics.input_tokens.observe(len(text.ids))
-            if text.truncated:
-                self._metrics.truncated_inputs.inc()
-
-
-def _resolve(jobs: list[Job]) -> None:
-    for job in jobs:
-        if job.error is not None:
-            _end(job.owner, job.error)
-        elif not job.owner.done():
-            job.owner.set_result(None)
-
-
-def _end(future: asyncio.Future[None], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)

@@ -19,8 +19,8 @@ from export.encoder import export_encoder, export_tokenizer
 from models.encoder import Encoder, EncoderConfig
 from models.head import Block, Head
 from models.kernels import cpu
-from serve.app import create_app
 from serve.engine import Engine
+from serve.http.app import create_app
 from serve.metrics import Metrics
 from serve.service import Service
 from serve.settings import Settings

@@ -16,14 +16,15 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import Field
 from starlette.types import Receive
 
-from serve import docs, problems, schema
 from serve.answers import prediction
-from serve.gateway import Gateway
+from serve.backend import Answer, ClientLeft, TooLong
+from serve.http import docs, problems, schema
+from serve.http.gateway import Gateway
+from serve.http.problems import Problem, invalid, responses
 from serve.labels import find, search
 from serve.metrics import versions
-from serve.problems import Problem, invalid, responses
 from serve.scheduler import Closed, DeadlineExceeded, QueueFull
-from serve.service import Answer, ClientLeft, NotReady, Service, TooLong
+from serve.service import NotReady, Service
 
 _PAGE = Path(__file__).with_name("page.html").read_bytes()
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -36,7 +37,7 @@ def create_app(service: Service) -> Gateway:
         title="Fanin",
         description="The best labels for a text, out of millions: a text classifier with a sparse output layer.",
         version=versions()["fanin"],
-        openapi_url=None,  # serve.docs has it
+        openapi_url=None,  # serve.http.docs has it
     )
     app.state.service = service
     app.include_router(_router)
