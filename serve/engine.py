@@ -1,4 +1,4 @@
-"""A loaded bundle that predicts: ONNX Runtime encoder, C++ head. Needs no torch.
+"""A loaded bundle that predicts. On a CPU: ONNX Runtime encoder, C++ head, no torch. On a GPU: serve.gpu.
 
 Dimensions: B batch, S sequence length, D embedding width, k labels per text.
 """
@@ -6,43 +6,56 @@ Dimensions: B batch, S sequence length, D embedding width, k labels per text.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from export.bundle import Bundle, BundleError, open_bundle
 from export.onnx_runtime import onnxruntime as ort
 from models import kernels
+from models.kernels import cpu
 from serve.tokens import TextTokenizer
 
+EncoderRuntime = Literal["onnx", "torch"]
 _PROVIDER = "CPUExecutionProvider"
 # Sequences are padded to one of these lengths: with few shapes ONNX Runtime's arena stays small.
 _LENGTHS = (*range(8, 65, 8), *range(80, 129, 16), *range(160, 257, 32), *range(320, 513, 64), *range(640, 1025, 128))
 
 
-class Engine:
-    """One bundle, ready to predict, on `threads` threads. `encode` and `topk` are for one thread at a time.
+class Engine(ABC):
+    """One bundle on one device, ready to predict. `encode` and `topk` are for one thread at a time.
 
     version   SHA-256 of the bundle
+    threads   of the CPU that it uses
     """
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
-        """Loads the encoder; BundleError when it does not fit the bundle."""
-        kernels.cpu.set_threads(threads)
+        cpu.set_threads(threads)
         self.bundle = bundle
         self.version = bundle.hash
         self.threads = threads
         self.max_length = bundle.manifest.max_length
-        self._lengths = [*(length for length in _LENGTHS if length < self.max_length), self.max_length]
+        self.lengths = [*(length for length in _LENGTHS if length < self.max_length), self.max_length]
         self._pad_id = self.new_tokenizer().pad_id
-        self._session = _open_encoder(bundle, threads)
 
-    @classmethod
-    def open(cls, path: Path, threads: int | None = None) -> Engine:
-        """Opens, verifies and loads the bundle in `path` (BundleError); uses all cores it may unless `threads` says less."""
-        return cls(open_bundle(path), threads or kernels.cpu.default_threads())
+    @staticmethod
+    def open(path: Path, threads: int | None = None, device: str = "cpu", encoder_runtime: EncoderRuntime = "onnx") -> Engine:
+        """Opens, verifies and loads the bundle in `path` for "cpu" or "cuda:0", …; BundleError, and DeviceError for a GPU.
+
+        threads          of the CPU, all cores it may use if None
+        encoder_runtime  what runs the encoder on a GPU
+        """
+        bundle = open_bundle(path)
+        threads = threads or cpu.default_threads()
+        if device == "cpu":
+            return CpuEngine(bundle, threads)
+        from serve.gpu.engine import open_engine  # torch and Triton are imported when a GPU is asked for, not before
+
+        return open_engine(bundle, threads, device, encoder_runtime)
 
     def new_tokenizer(self) -> TextTokenizer:
         """Each thread that tokenizes needs one of its own."""
@@ -50,25 +63,55 @@ class Engine:
 
     def padded(self, length: int) -> int:
         """The length that sequences of `length` tokens are padded to."""
-        return self._lengths[bisect_left(self._lengths, length)]
+        return self.lengths[bisect_left(self.lengths, length)]
 
-    def encode(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
-        """Embeddings fp32 [B, D] of B sequences of token ids, each at most `max_length` long."""
-        shape = len(sequences), self.padded(max(map(len, sequences)))
+    def padded_batch(self, sequences: Sequence[Sequence[int]], count: int) -> tuple[np.ndarray, np.ndarray]:
+        """input_ids and attention_mask, int64 [count, S], of at most `count` sequences; rows beyond them hold one token."""
+        shape = count, self.padded(max(map(len, sequences)))
         input_ids = np.full(shape, self._pad_id, dtype=np.int64)
         attention_mask = np.zeros(shape, dtype=np.int64)
+        attention_mask[len(sequences) :, 0] = 1
         for row, ids in enumerate(sequences):
             input_ids[row, : len(ids)] = ids
             attention_mask[row, : len(ids)] = 1
+        return input_ids, attention_mask
+
+    @abstractmethod
+    def encode(self, sequences: Sequence[Sequence[int]]) -> Any:
+        """Embeddings fp32 [B, D], on the engine's device, of B sequences of token ids, each at most `max_length` long."""
+
+    @abstractmethod
+    def topk(self, x: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k best labels for embeddings of `encode`: scores fp32 [B, k] descending, labels int32 [B, k]."""
+
+    @abstractmethod
+    def warm_up(self, max_inputs: int, max_tokens: int) -> float:
+        """Runs batches of up to `max_inputs` texts and `max_tokens` tokens, so that the first request finds memory, pages and
+        kernels ready; returns seconds taken."""
+
+    def device_memory(self) -> dict[str, int]:
+        """Bytes of the device's memory: "used" and "total" of all processes, "allocated", "reserved" and "peak" of this one's
+        allocator. Empty on a CPU."""
+        return {}
+
+
+class CpuEngine(Engine):
+    """A bundle on the CPU, on `threads` threads."""
+
+    def __init__(self, bundle: Bundle, threads: int) -> None:
+        """Loads the encoder; BundleError when it does not fit the bundle."""
+        super().__init__(bundle, threads)
+        self._session = _open_encoder(bundle, threads)
+
+    def encode(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+        input_ids, attention_mask = self.padded_batch(sequences, len(sequences))
         (embedding,) = self._session.run(None, {"input_ids": input_ids, "attention_mask": attention_mask})
         return embedding
 
     def topk(self, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best labels for embeddings fp32 [B, D]: scores fp32 [B, k] descending, labels int32 [B, k]."""
         return kernels.topk(x, self.bundle.head, k)
 
     def warm_up(self, max_inputs: int, max_tokens: int) -> float:
-        """Runs small and large batches, so that the first request finds memory and pages ready; returns seconds taken."""
         started = time.perf_counter()
         for length in sorted({self.padded(min(length, self.max_length)) for length in (16, 64, self.max_length)}):
             for count in sorted({1, max(1, min(max_inputs, max_tokens // length))}):
@@ -91,10 +134,15 @@ def _open_encoder(bundle: Bundle, threads: int) -> ort.InferenceSession:
         raise BundleError(f"{bundle.encoder_file}: ONNX Runtime cannot load it: {error}") from error
     if session.get_providers() != [_PROVIDER]:
         raise BundleError(f"{bundle.encoder_file}: runs on {session.get_providers()}, expected {_PROVIDER}")
+    check_encoder(session, bundle)
+    return session
+
+
+def check_encoder(session: ort.InferenceSession, bundle: Bundle) -> None:
+    """BundleError unless the encoder takes what `Engine.padded_batch` gives and gives what the head takes."""
     inputs = sorted(node.name for node in session.get_inputs())
     outputs = session.get_outputs()
     if inputs != ["attention_mask", "input_ids"] or len(outputs) != 1:
         raise BundleError(f"{bundle.encoder_file}: takes {inputs} and gives {len(outputs)} tensors")
     if outputs[0].shape[-1] != bundle.manifest.width:
         raise BundleError(f"{bundle.encoder_file}: gives {outputs[0].shape}, the head reads {bundle.manifest.width} values")
-    return session

@@ -19,7 +19,7 @@ from export.encoder import export_encoder, export_tokenizer
 from models.encoder import Encoder, EncoderConfig
 from models.head import Block, Head
 from models.kernels import cpu
-from serve.engine import Engine
+from serve.engine import CpuEngine, Engine
 from serve.http.app import create_app
 from serve.metrics import Metrics
 from serve.service import Service
@@ -55,7 +55,7 @@ def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def engine(bundle_path: Path) -> Engine:
     before = cpu.threads()
-    engine = Engine(open_bundle(bundle_path), threads=1)
+    engine = CpuEngine(open_bundle(bundle_path), threads=1)
     cpu.set_threads(before)
     return engine
 

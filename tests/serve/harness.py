@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 
 from export.bundle import open_bundle
-from serve.engine import Engine
+from serve.engine import CpuEngine
 from serve.service import Service
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ class Process:
         return self.popen.returncode, errors
 
 
-class TouchyEngine(Engine):
+class TouchyEngine(CpuEngine):
     """An engine that waits at a gate, and that some token counts make fail."""
 
     def __init__(self, path: Path) -> None:

@@ -11,9 +11,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from export.bundle import BundleError, open_bundle
-from models import kernels
-from models.kernels import reference
-from serve.engine import Engine
+from models.kernels import cpu, reference
+from serve.engine import CpuEngine, Engine
 from tests.serve.harness import MAX_LENGTH, TEXTS
 
 
@@ -46,9 +45,9 @@ def test_every_length_is_padded_a_little_and_to_few_shapes(engine: Engine) -> No
 
 
 def test_threads_go_to_the_head_as_well(bundle_path: Path) -> None:
-    assert Engine.open(bundle_path).threads == kernels.cpu.default_threads()
+    assert Engine.open(bundle_path).threads == cpu.default_threads()
     Engine.open(bundle_path, threads=1)
-    assert kernels.cpu.threads() == 1
+    assert cpu.threads() == 1
 
 
 def test_warm_up_takes_some_time(engine: Engine) -> None:
@@ -58,7 +57,7 @@ def test_warm_up_takes_some_time(engine: Engine) -> None:
 def test_an_encoder_of_another_width_is_refused(bundle_path: Path) -> None:
     bundle = open_bundle(bundle_path)
     with pytest.raises(BundleError, match=r"encoder\.onnx: gives .*96.*the head reads 97"):
-        Engine(replace(bundle, manifest=replace(bundle.manifest, width=97)), threads=1)
+        CpuEngine(replace(bundle, manifest=replace(bundle.manifest, width=97)), threads=1)
 
 
 def test_an_encoder_that_is_no_onnx_is_refused(bundle_path: Path, tmp_path: Path) -> None:
@@ -66,7 +65,7 @@ def test_an_encoder_that_is_no_onnx_is_refused(bundle_path: Path, tmp_path: Path
     (tmp_path / "encoder.onnx").write_bytes(b"not a graph")
     (tmp_path / "tokenizer.json").write_bytes(bundle.tokenizer_file.read_bytes())
     with pytest.raises(BundleError, match=r"encoder\.onnx: ONNX Runtime cannot load it"):
-        Engine(replace(bundle, path=tmp_path), threads=1)
+        CpuEngine(replace(bundle, path=tmp_path), threads=1)
 
 
 @pytest.mark.parametrize(
