@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -16,6 +17,7 @@ from serve.http.schema import ProblemDetails
 
 MEDIA_TYPE = "application/problem+json"
 _SCHEMAS = "#/components/schemas/"
+UNREADY = "No predictions are taken now: the model is loading, the server is draining, or its engine stopped."
 
 
 class Problem(Exception):
@@ -51,6 +53,11 @@ def invalid(*errors: tuple[str, str]) -> Problem:
     """422 with each fault and where it is."""
     detail = "; ".join(f"{pointer}: {text}" if pointer else text for pointer, text in errors[:3])
     return Problem(422, "invalid-request", detail + ("; …" if len(errors) > 3 else ""), errors=errors)
+
+
+def try_again(status: int, kind: str, detail: str, after_s: float = 1) -> Problem:
+    """A 429 or 503, with Retry-After in whole seconds."""
+    return Problem(status, kind, detail, headers={"Retry-After": str(min(60, max(1, math.ceil(after_s))))})
 
 
 def responses(**details: str) -> dict[int | str, dict[str, Any]]:
