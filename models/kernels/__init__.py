@@ -6,10 +6,11 @@ Dimensions: B batch, D width, L labels, N groups, K fan-in, G group size.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 
 from models.head import Block, Head
-from models.kernels import cpu
 from models.kernels.step import MOMENTS, Loss, Moments, Optimizer, Positives, check_rule, rounding_key
 
 __all__ = [
@@ -25,12 +26,12 @@ def topk(x: np.ndarray, head: Head, k: int) -> tuple[np.ndarray, np.ndarray]:
     x = _input(x, head.width)
     if k < 1:
         raise ValueError(f"k is {k}, must be at least 1")
-    return cpu.topk(x, head, min(k, head.n_labels))
+    return _compiled().topk(x, head, min(k, head.n_labels))
 
 
 def scores(x: np.ndarray, block: Block) -> np.ndarray:
     """All scores of a block, fp32 [B, N, G], for x fp32 [B, D]; padding slots score −inf."""
-    return cpu.scores(_input(x, block.width), block)
+    return _compiled().scores(_input(x, block.width), block)
 
 
 def train_step(
@@ -65,19 +66,28 @@ def train_step(
         if not (array.flags.writeable and array.flags.c_contiguous):
             raise ValueError("values, bias and moments change in place: they must be writable and contiguous")
     _check_positives(positives, block, len(x))
-    return cpu.train_step(x, positives, block, moments, loss=loss, smoothing=smoothing, optimizer=optimizer, step=step, key=key)
+    return _compiled().train_step(
+        x, positives, block, moments, loss=loss, smoothing=smoothing, optimizer=optimizer, step=step, key=key
+    )
 
 
 def grad_input(grad: np.ndarray, block: Block) -> np.ndarray:
     """∂/∂x fp32 [B, D] from the gradient of the scores, fp32 [B, N, G]."""
-    return cpu.grad_input(_gradient(grad, block), block)
+    return _compiled().grad_input(_gradient(grad, block), block)
 
 
 def grad_values(x: np.ndarray, grad: np.ndarray, block: Block) -> np.ndarray:
     """∂/∂values fp32 [N, K, G] from x fp32 [B, D] and the gradient of the scores, fp32 [B, N, G]."""
     if len(grad) != len(x):
         raise ValueError(f"grad has {len(grad)} rows, x has {len(x)}")
-    return cpu.grad_values(_input(x, block.width), _gradient(grad, block), block)
+    return _compiled().grad_values(_input(x, block.width), _gradient(grad, block), block)
+
+
+def _compiled() -> ModuleType:
+    """The compiled kernels, looked for when first used: models.kernels.gpu, inside this package, needs none."""
+    from models.kernels import cpu
+
+    return cpu
 
 
 def _input(x: np.ndarray, width: int) -> np.ndarray:

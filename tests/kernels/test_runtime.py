@@ -51,7 +51,7 @@ def test_the_environment_forces_an_instruction_set(name: str) -> None:
 
 
 def test_an_instruction_set_that_cannot_run_is_refused_at_import() -> None:
-    found = python("import models.kernels", FANIN_CPU_LEVEL="avx1024")
+    found = python("import models.kernels.cpu", FANIN_CPU_LEVEL="avx1024")
     assert found.returncode != 0
     assert f"ValueError: instruction set 'avx1024' cannot run here; this machine has {', '.join(cpu.LEVELS)}" in found.stderr
 
@@ -65,16 +65,20 @@ def test_an_instruction_set_that_cannot_run_is_refused_at_import() -> None:
         ("_cpu" + EXTENSION_SUFFIXES[0], "not ELF", "cannot be loaded ({kernels}"),
     ],
 )
-def test_without_kernels_that_fit_the_import_fails_and_says_how_to_build_them(
+def test_without_kernels_that_fit_the_first_use_fails_and_says_how_to_build_them(
     tmp_path: Path, file: str | None, content: str, fault: str
 ) -> None:
     shutil.copytree(TREE / "models", tmp_path / "models", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     kernels = tmp_path / "models" / "kernels"
     if file:
         (kernels / file).write_text(content)
-    for module in ("kernels", "kernels.reference"):  # nothing may run on the slow reference by accident
+    operation = (
+        "import numpy as np; from models import kernels; from models.head import Block; zeros = np.zeros((1, 1, 16), np.float32)"
+        "; kernels.scores(zeros[0, :, :1], Block('dense', 1, 'fp32', zeros, zeros[0], np.zeros((1, 16), np.int32)))"
+    )
+    for code in ("import models.kernels.cpu", operation):  # nothing runs on the slow reference by accident
         # -S: without the hook of an editable installation
-        found = python(f"import models.{module}", "-S", folder=tmp_path, PYTHONPATH=str(Path(np.__file__).parents[1]))
+        found = python(code, "-S", folder=tmp_path, PYTHONPATH=str(Path(np.__file__).parents[1]))
         message = found.stderr.splitlines()[-1]
         assert message.startswith("ImportError: the compiled kernels " + fault.format(kernels=kernels))
         assert "run `make set-up`, or `pip install -e .`, in the project's folder" in message
