@@ -73,8 +73,9 @@ def test_without_kernels_that_fit_the_first_use_fails_and_says_how_to_build_them
     if file:
         (kernels / file).write_text(content)
     operation = (
-        "import numpy as np; from models import kernels; from models.head import Block; zeros = np.zeros((1, 1, 16), np.float32)"
-        "; kernels.scores(zeros[0, :, :1], Block('dense', 1, 'fp32', zeros, zeros[0], np.zeros((1, 16), np.int32)))"
+        "import numpy as np; from models import kernels; from models.head import Block\n"
+        "zeros = np.zeros((1, 1, 16), np.float32)\n"
+        "kernels.scores(zeros[0, :, :1], Block('dense', 1, 'fp32', zeros, zeros[0], zeros[0].astype(np.int32)))"
     )
     for code in ("import models.kernels.cpu", operation):  # nothing runs on the slow reference by accident
         # -S: without the hook of an editable installation
