@@ -47,7 +47,7 @@ def label_names(count: int, seed: int) -> Iterator[str]:
 
 def _make(given: argparse.Namespace) -> None:
     rng = np.random.default_rng(given.seed)
-    encoder = _encoder(given.encoder, given.max_length, given.seed)
+    encoder = load_encoder(given.encoder, given.max_length, given.seed)
     block = Block.random(
         np.arange(given.labels, dtype=np.int32),
         width=encoder.width,
@@ -72,7 +72,8 @@ def _make(given: argparse.Namespace) -> None:
     print(f"{given.out}: {manifest.summary()}")
 
 
-def _encoder(name: str, max_length: int, seed: int) -> Encoder:
+def load_encoder(name: str, max_length: int, seed: int) -> Encoder:
+    """The encoder that --encoder names; EncoderError."""
     config = EncoderConfig("mean", max_length)
     if name == RANDOM_MINILM:
         texts = list(label_names(50_000, seed))
