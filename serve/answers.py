@@ -12,6 +12,11 @@ from serve.tokens import Tokens
 Scores = Literal["probability", "logit"]
 
 
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Their sigmoid fp64, without overflow."""
+    return np.exp(-np.logaddexp(0.0, -logits.astype(np.float64)))
+
+
 def prediction(
     tokens: Tokens,
     labels: np.ndarray,
@@ -24,7 +29,7 @@ def prediction(
 ) -> dict[str, Any]:
     """A schema.Prediction as a dict, from labels int32 [k] and their logits fp32 [k], best first."""
     if scores == "probability":
-        logits = np.exp(-np.logaddexp(0.0, -logits.astype(np.float64)))  # the sigmoid, without overflow
+        logits = probabilities(logits)
     rows: list[dict[str, Any]] = []
     for label, score in zip(labels.tolist(), logits.tolist(), strict=True):
         if min_score is not None and score < min_score:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import socket
 from types import FrameType
 
 import uvicorn
 
 from export.bundle import BundleError
+from serve import logs, telemetry
 from serve.http.app import create_app
+from serve.http.keys import ApiKeys, KeysError
+from serve.http.protocol import configuration
 from serve.metrics import Metrics
 from serve.service import Service
 from serve.settings import Settings
 
-__all__ = ["BundleError", "ListenError", "run"]
-
-_FLUSH_TIMEOUT_S = 5  # for answers that are ready, to clients that read slowly
+__all__ = ["BundleError", "KeysError", "ListenError", "run"]
 
 
 class ListenError(Exception):
@@ -67,30 +67,25 @@ class _Server(uvicorn.Server):
 
 
 def run(settings: Settings) -> None:
-    """Serves until a signal ends it. ListenError; BundleError when the bundle cannot be served."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    """Serves until a signal ends it. ListenError; KeysError; BundleError when the bundle cannot be served."""
+    logs.set_up(settings.log_format, settings.log_level)
+    keys = ApiKeys(settings.api_keys_file)
     try:
         listener = _listen(settings)
     except OSError as error:
         reason = error.strerror or error
         raise ListenError(f"cannot listen on {settings.host} port {settings.port}: {reason}") from error
     with listener:
-        asyncio.run(_serve(settings, listener))
+        asyncio.run(_serve(settings, keys, listener))
 
 
-async def _serve(settings: Settings, listener: socket.socket) -> None:
-    service = Service(settings, Metrics())
-    config = uvicorn.Config(
-        create_app(service),
-        lifespan="off",
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=_FLUSH_TIMEOUT_S,
-    )
+async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> None:
+    service, tracing = Service(settings, Metrics()), telemetry.tracing()
+    config = configuration(create_app(service, keys, tracing), settings, service.metrics)
     server = _Server(config, service, _address(listener))
     await server.serve([listener])
+    if tracing:
+        tracing.close()
     if server.failure is not None:
         raise server.failure
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 _DESCRIPTION = """\
 Serves the model of BUNDLE, a directory written by `python -m export`, over HTTP.
@@ -34,8 +35,25 @@ def _at_least(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def _setting(group: str, default: Any, help: str, parse: Callable[[str], Any], metavar: str = "N") -> Any:
-    return dataclasses.field(default=default, metadata={"group": group, "help": help, "type": parse, "metavar": metavar})
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
+    return value
+
+
+_seconds.__name__ = "number of seconds"
+
+
+def _origin(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", text):
+        raise argparse.ArgumentTypeError(f"{text} is not an origin such as https://example.org, nor *")
+    return text
+
+
+def _setting(group: str, default: Any, help: str, parse: Callable[[str], Any], metavar: str = "N", **more: Any) -> Any:
+    facts = {"group": group, "help": help, "type": parse, "metavar": metavar, **more}
+    return dataclasses.field(default=default, metadata=facts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +65,43 @@ class Settings:
     host: str = _setting("network", "127.0.0.1", "address to listen on; 0.0.0.0 for every IPv4 network", str, "ADDRESS")
     port: int = _setting("network", 8000, "port to listen on; 0 takes a free one", _at_least(0, 65_535))
     drain_timeout_s: int = _setting("network", 30, "seconds that predictions under way may take at the end", _at_least(0), "S")
+
+    max_connections: int = _setting("network", 512, "connections at a time; more are answered 503 and closed", _at_least(1))
+    client_timeout_s: float = _setting(
+        "network",
+        20,
+        "seconds a client may take to send a request, and to read on in its answer, before its connection is closed",
+        _seconds,
+        "S",
+    )
+    cors_origin: list[str] | None = _setting(
+        "network",
+        None,
+        "origin whose pages may call this server, or * for all; may be repeated (default: none)",
+        _origin,
+        "ORIGIN",
+        action="append",
+    )
+    api_keys_file: Path | None = _setting(
+        "network",
+        None,
+        "file with API keys, one in a line; then every request must have one, but for health checks, /metrics and pages. "
+        "More may stand in the environment variable FANIN_API_KEYS, separated by spaces (default: no key is needed)",
+        Path,
+        "FILE",
+    )
+
+    log_format: Literal["text", "json"] = _setting(
+        "log", "text", "how lines on standard error look", str, "text|json", choices=("text", "json")
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        "log",
+        "warning",
+        "what is logged at least; with info, every request",
+        str,
+        "debug|info|warning|error",
+        choices=("debug", "info", "warning", "error"),
+    )
 
     threads: int | None = _setting(
         "engine", None, "threads of the encoder and the head (default: the cores this process may use)", _at_least(1)

@@ -4,39 +4,53 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Response
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
-from serve.http import docs, labels, predict, problems, status
+from serve.http import answering, docs, labels, open_inference, predict, problems, status
 from serve.http.gateway import Gateway
-from serve.http.problems import try_again
+from serve.http.keys import ApiKeys, KeyCheck
 from serve.metrics import versions
-from serve.service import NotReady, Service
+from serve.service import Service
+from serve.telemetry import Tracing
 
 _PAGE = Path(__file__).with_name("page.html").read_bytes()
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+_OPEN = {"/", "/health", "/livez", "/readyz", "/metrics", "/docs", "/openapi.json", "/v2/health/live", "/v2/health/ready"}
 
 
-def create_app(service: Service) -> Gateway:
+def create_app(service: Service, keys: ApiKeys, tracing: Tracing | None = None) -> Gateway:
     """The ASGI application around a service, which may still be loading."""
     app = FastAPI(
         title="Fanin",
-        description="The best labels for a text, out of millions: a text classifier with a sparse output layer.",
+        description=docs.DESCRIPTION,
         version=versions()["fanin"],
         openapi_url=None,  # serve.http.docs has it
     )
     app.state.service = service
-    for routes in (predict, labels, status, docs):
+    for routes in (predict, labels, status, open_inference, docs):
         app.include_router(routes.router)
     app.add_api_route("/", _page, include_in_schema=False)
     problems.install(app)
-    app.add_exception_handler(NotReady, _on_not_ready)
-    return Gateway(app, service.metrics, service.settings.max_body_bytes)
+    answering.install(app)
+    docs.install(app, service.settings, keys, _is_open)
+    checked: ASGIApp = KeyCheck(app, keys, _is_open)
+    if origins := service.settings.cors_origin:
+        checked = CORSMiddleware(
+            checked,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id", "Inference-Header-Content-Length"],
+            expose_headers=["X-Request-Id", "Server-Timing", "Retry-After", "Inference-Header-Content-Length"],
+        )
+    return Gateway(checked, service.metrics, service.settings, tracing)
+
+
+def _is_open(path: str) -> bool:
+    """Whether a path needs no key: what probes, Prometheus and a browser ask for before anybody could give one."""
+    return path in _OPEN or path.startswith(("/docs/", "/page/"))
 
 
 async def _page() -> Response:
     return Response(_PAGE, media_type="text/html", headers={"Content-Security-Policy": _PAGE_POLICY})
-
-
-async def _on_not_ready(request: Request, error: Exception) -> Response:
-    assert isinstance(error, NotReady)
-    return try_again(503, error.status, str(error)).response(request.state.id)

@@ -10,13 +10,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from serve.http.schema import ProblemDetails
 
 MEDIA_TYPE = "application/problem+json"
-_SCHEMAS = "#/components/schemas/"
+SCHEMAS = "#/components/schemas/"
+CLIENT_CLOSED_REQUEST = 499  # nginx's code; nobody is left to read it, it is for the metrics
 UNREADY = "No predictions are taken now: the model is loading, the server is draining, or its engine stopped."
 
 
@@ -35,14 +36,17 @@ class Problem(Exception):
         super().__init__(detail)
         self.status, self.kind, self.detail, self.errors, self.headers = status, kind, detail, errors, headers
 
-    def response(self, request_id: str) -> Response:
+    def response(self, scope: Scope) -> Response:
+        """For the request of this scope, which has the request's `id` in its state."""
         body: dict[str, Any] = {
             "type": f"urn:fanin:problem:{self.kind}",
             "title": HTTPStatus(self.status).phrase,
             "status": self.status,
             "detail": self.detail,
-            "request_id": request_id,
+            "request_id": scope["state"]["id"],
         }
+        if scope["path"].startswith("/v2"):
+            body["error"] = self.detail  # where clients of the Open Inference Protocol look for it
         if self.errors:
             body["errors"] = [{"pointer": pointer, "detail": detail} for pointer, detail in self.errors]
         content = json.dumps(body, ensure_ascii=False).encode(errors="replace")  # a detail may quote half a surrogate pair
@@ -62,21 +66,12 @@ def try_again(status: int, kind: str, detail: str, after_s: float = 1) -> Proble
 
 def responses(**details: str) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI entries of a route's errors, from s422="when" and so on."""
-    content = {MEDIA_TYPE: {"schema": {"$ref": _SCHEMAS + ProblemDetails.__name__}}}
+    content = {MEDIA_TYPE: {"schema": {"$ref": SCHEMAS + ProblemDetails.__name__}}}
     return {int(code[1:]): {"description": detail, "content": content} for code, detail in details.items()}
 
 
 def install(app: FastAPI) -> None:
-    """Makes every error of the app a problem, and puts ProblemDetails into its description."""
-    describe = app.openapi
-
-    def describe_with_problems() -> dict[str, Any]:
-        api = describe()
-        _, models = models_json_schema([(ProblemDetails, "serialization")], ref_template=_SCHEMAS + "{model}")
-        api["components"]["schemas"].update(models["$defs"])
-        return api
-
-    app.openapi = describe_with_problems  # type: ignore[method-assign]
+    """Makes every error of the app a problem."""
     app.add_exception_handler(Problem, _on_problem)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
@@ -85,46 +80,36 @@ def install(app: FastAPI) -> None:
 
 async def _on_problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, Problem)
-    return error.response(request.state.id)
+    return error.response(request.scope)
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     faults = error.errors()
-    first = faults[0]
-    if first["type"] == "json_invalid":
-        reason = f"{first['ctx']['error']}: character {first['loc'][1] + 1}"
-        problem = Problem(400, "bad-json", f"the body is not JSON: {reason}")
-    elif first["loc"] == ("body",):  # absent, or not an object
+    if faults[0]["loc"] == ("body",):  # absent, or not an object
         problem = invalid(("", 'the body must be an object such as {"inputs": "a text"}'))
     else:
         problem = invalid(*((_pointer(fault["loc"]), fault["msg"]) for fault in faults))
-    return problem.response(request.state.id)
+    return problem.response(request.scope)
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if error.status_code == CLIENT_CLOSED_REQUEST:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     path = request.url.path
     kind, detail = {
-        400: ("bad-json", _unreadable(error.__cause__)),
+        400: ("bad-json", error.detail),
         404: ("not-found", f"there is nothing at {path}"),
-        413: ("body-too-large", str(error.detail)),
         405: ("method-not-allowed", f"{request.method} is not possible at {path}"),
-    }.get(error.status_code, (HTTPStatus(error.status_code).phrase.lower().replace(" ", "-"), str(error.detail)))
-    return Problem(error.status_code, kind, detail, headers=error.headers).response(request.state.id)
-
-
-def _unreadable(cause: BaseException | None) -> str:
-    """What is wrong with a body that the JSON parser gives up on, by what it raised."""
-    if isinstance(cause, RecursionError):
-        return "the body is nested too deeply"
-    if isinstance(cause, UnicodeDecodeError):
-        return f"the body is not JSON in UTF-8: {cause.reason}: byte {cause.start + 1}"
-    return "the body is not JSON that can be read: a number has too many digits"
+        408: ("request-timeout", error.detail),
+        413: ("body-too-large", error.detail),
+    }.get(error.status_code, (HTTPStatus(error.status_code).phrase.lower().replace(" ", "-"), error.detail))
+    return Problem(error.status_code, kind, detail, headers=error.headers).response(request.scope)
 
 
 async def _on_exception(request: Request, error: Exception) -> Response:
-    return Problem(500, "internal", "the server failed; its log says why").response(request.state.id)
+    return Problem(500, "internal", "the server failed; its log says why").response(request.scope)
 
 
 def _pointer(loc: Sequence[Any]) -> str:

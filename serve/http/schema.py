@@ -8,13 +8,20 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 from pydantic_core import PydanticCustomError
 
 
-def _check_text(text: str) -> str:
+def fault(text: str) -> str | None:
+    """Why a text cannot be predicted, or None."""
     if not text or text.isspace():
-        raise PydanticCustomError("empty", "the text is empty")
+        return "the text is empty"
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise PydanticCustomError("surrogate", "the text is not Unicode: it has half a surrogate pair") from None
+        return "the text is not Unicode: it has half a surrogate pair"
+    return None
+
+
+def _check_text(text: str) -> str:
+    if reason := fault(text):
+        raise PydanticCustomError("text", "{reason}", {"reason": reason})
     return text
 
 

@@ -21,6 +21,8 @@ from models.head import Block, Head
 from models.kernels import cpu
 from serve.engine import CpuEngine, Engine
 from serve.http.app import create_app
+from serve.http.keys import ApiKeys
+from serve.http.protocol import configuration
 from serve.metrics import Metrics
 from serve.service import Service
 from serve.settings import Settings
@@ -86,12 +88,12 @@ def serving(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serving:
     """`with serving(max_queue_tokens=…) as local`. With `load=False` the server stays as it is before it has loaded."""
 
     @contextmanager
-    def start(load: bool = True, **settings: int) -> Iterator[Local]:
+    def start(load: bool = True, **settings: float) -> Iterator[Local]:
         engine = TouchyEngine(bundle_path)
-        monkeypatch.setattr(Engine, "open", lambda path, threads: engine)
+        monkeypatch.setattr(Engine, "open", lambda path, threads, *_: engine)
         service = Service(Settings(bundle_path, **settings), Metrics())
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            server = uvicorn.Server(uvicorn.Config(create_app(service), lifespan="off", log_config=None))
+            server = uvicorn.Server(configuration(create_app(service, ApiKeys()), service.settings, service.metrics))
             started = threading.Event()
             loops: list[asyncio.AbstractEventLoop] = []
 

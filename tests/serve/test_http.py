@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from typing import Any
 
@@ -107,8 +108,6 @@ def test_a_long_text_is_an_error_when_it_must_not_be_cut(client: httpx.Client) -
         ({"inputs": "a", "top_k": 2.5}, "/top_k"),
         ({"inputs": "a", "top_k": True}, "/top_k"),
         ({"inputs": "a", "min_score": "high"}, "/min_score"),
-        ({"inputs": "a", "min_score": float("nan")}, "/min_score"),
-        ({"inputs": "a", "min_score": float("inf")}, "/min_score"),
         ({"inputs": "a", "scores": "percent"}, "/scores"),
         ({"inputs": "a", "return_names": "yes"}, "/return_names"),
         ({"inputs": "a", "truncate": 1}, "/truncate"),
@@ -144,9 +143,25 @@ def test_a_body_that_is_no_object_is_told_what_one_looks_like(client: httpx.Clie
         (b'{"inputs": "\xff"}', "is not JSON in UTF-8: invalid start byte: byte 13"),
         (b"[" * 100_000, "is nested too deeply"),
         (b'{"inputs": "a", "top_k": ' + b"9" * 5000 + b"}", "too many digits"),
+        (b'{"inputs": "a", "min_score": NaN}', "is not JSON: NaN is no number"),
+        (b'{"inputs": "a", "top_k": 1, "top_k": 2}', 'has "top_k" twice in one object'),
+        ('{"inputs": "a"}'.encode("utf-16"), "is not JSON in UTF-8"),
+        (b'\xef\xbb\xbf{"inputs": "a"}', "is not JSON"),
         (b"\0", "is not JSON"),
     ],
-    ids=["cut early", "cut late", "form", "not utf-8", "too deep", "too many digits", "nul"],
+    ids=[
+        "cut early",
+        "cut late",
+        "form",
+        "not utf-8",
+        "too deep",
+        "too many digits",
+        "NaN",
+        "name twice",
+        "utf-16",
+        "BOM",
+        "nul",
+    ],
 )
 def test_what_is_not_json_is_400_with_the_reason(client: httpx.Client, content: bytes, reason: str) -> None:
     response = client.post("/predict", content=content, headers={"Content-Type": "application/json"})
@@ -157,6 +172,12 @@ def test_what_is_not_json_is_400_with_the_reason(client: httpx.Client, content: 
 def test_a_body_that_is_not_called_json_is_415(client: httpx.Client, kind: str) -> None:
     response = client.post("/predict", content=b'{"inputs": "a"}', headers={"Content-Type": kind} if kind else {})
     problem_of(response, 415, "unsupported-media-type")
+
+
+def test_a_compressed_body_is_415(client: httpx.Client) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    response = client.post("/predict", content=gzip.compress(b'{"inputs": "a"}'), headers=headers)
+    assert "gzip" in problem_of(response, 415, "unsupported-media-type")["detail"]
 
 
 def test_json_may_name_its_charset(client: httpx.Client) -> None:
@@ -258,14 +279,19 @@ def test_server_timing_adds_up(client: httpx.Client) -> None:
 
 def test_the_api_describes_itself(client: httpx.Client) -> None:
     api = client.get("/openapi.json").json()
-    assert set(api["paths"]) == {"/predict", "/health", "/readyz", "/livez", "/info", "/labels", "/metrics"}
-    answers = api["paths"]["/predict"]["post"]["responses"]
-    assert set(answers) == {"200", "400", "413", "415", "422", "429", "500", "503", "504"}
-    for code, answer in answers.items():
-        if code != "200":
+    assert {"/predict", "/health", "/readyz", "/livez", "/info", "/labels", "/metrics"} <= set(api["paths"])
+    assert {"/v2", "/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer"} <= set(api["paths"])
+    predict = api["paths"]["/predict"]["post"]["responses"]
+    assert set(predict) == {"200", "400", "408", "413", "415", "422", "429", "500", "503", "504"}
+    for operation in (operation for operations in api["paths"].values() for operation in operations.values()):
+        for code, answer in operation["responses"].items():
+            if code == "200":
+                continue
             schema = answer["content"]["application/problem+json"]["schema"]["$ref"].removeprefix("#/components/schemas/")
             assert {"type", "title", "status", "detail"} <= set(api["components"]["schemas"][schema]["properties"])
-    assert "labels" not in api["components"]["schemas"]["PredictRequest"]["properties"]
+    asked = api["components"]["schemas"]["PredictRequest"]["properties"]
+    assert asked["top_k"]["maximum"] == 1000
+    assert [form["maxItems"] for form in asked["inputs"]["oneOf"] if form["type"] == "array"] == [128]
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])

@@ -1,0 +1,103 @@
+"""What goes over HTTP in the Open Inference Protocol, as pydantic models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from serve.answers import Scores
+from serve.http.tensors import Datatype
+
+
+class Parameters(BaseModel):
+    """Of a request; the same as in PredictRequest. Unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    top_k: int = Field(default=10, ge=1, strict=True)
+    scores: Scores = "probability"
+    truncate: bool = Field(default=True, strict=True)
+    timeout_ms: int | None = Field(default=None, ge=1, strict=True)
+    timeout: int | None = Field(
+        default=None, ge=0, strict=True, description="Microseconds, as Triton's clients have it; 0 for none."
+    )
+    binary_data_output: bool = Field(default=False, strict=True, description="Give all outputs in binary.")
+
+
+class InputParameters(BaseModel):
+    binary_data_size: int | None = Field(default=None, ge=0, strict=True, description="Bytes of the tensor behind the JSON.")
+
+
+class InputTensor(BaseModel):
+    name: Literal["text"]
+    shape: list[Annotated[int, Field(ge=1, strict=True)]] = Field(min_length=1, max_length=2, description="[N] or [N, 1]")
+    datatype: Literal["BYTES"]
+    parameters: InputParameters = InputParameters()
+    data: list[str | list[str]] | None = Field(default=None, description="Flat or nested. Absent when it is binary.")
+
+
+class OutputParameters(BaseModel):
+    binary_data: bool | None = Field(default=None, strict=True)
+
+
+class RequestedOutput(BaseModel):
+    name: Literal["label_ids", "scores", "label_keys", "label_names"]
+    parameters: OutputParameters = OutputParameters()
+
+
+class InferRequest(BaseModel):
+    """Texts as a tensor."""
+
+    id: str | None = Field(default=None, description="Comes back in the response.")
+    parameters: Parameters = Parameters()
+    inputs: list[InputTensor] = Field(min_length=1, max_length=1)
+    outputs: list[RequestedOutput] | None = Field(default=None, description="Which are given; else label_ids and scores.")
+
+
+class OutputTensor(BaseModel):
+    name: str
+    shape: list[int]
+    datatype: Datatype
+    parameters: dict[str, int] | None = Field(default=None, description="binary_data_size of a tensor behind the JSON.")
+    data: list[Any] | None = Field(default=None, description="Flat, row by row.")
+
+
+class InferResponse(BaseModel):
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: list[OutputTensor]
+
+
+class TensorMetadata(BaseModel):
+    name: str
+    datatype: Datatype
+    shape: list[int] = Field(description="-1 where the size varies.")
+
+
+class ModelMetadata(BaseModel):
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class ServerMetadata(BaseModel):
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class ServerLive(BaseModel):
+    live: bool
+
+
+class ServerReady(BaseModel):
+    ready: bool
+
+
+class ModelReady(BaseModel):
+    name: str
+    ready: bool
