@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedModel
 
+from models.bag_of_words import BagOfWords, BagOfWordsConfig
 from models.wordpiece import PAD_ID, learn_wordpiece
 
 Pooling = Literal["cls", "mean", "last"]
@@ -132,33 +133,41 @@ class Encoder(nn.Module):
         heads: int = 4,
         seed: int,
     ) -> Encoder:
-        """A BERT of `layers` layers with random weights and a WordPiece vocabulary learned from `texts`.
+        """A BERT of `layers` layers with random weights, or a bag of words if there are none; its WordPiece vocabulary is
+        learned from `texts`.
 
-        With no layers it is a bag of words: the mean of its word and position vectors, each normalized. It needs no model at
-        hand and trains from scratch within minutes on two cores. The same texts and seed give the same encoder bit for bit.
+        It needs no model at hand and trains from scratch within minutes on two cores. The same texts and seed give the same
+        encoder bit for bit.
         """
         if width < 1 or heads < 1 or width % heads:
             raise EncoderError(f"width is {width}, must be a multiple of the {heads} heads")
         if layers < 0:
             raise EncoderError(f"layers is {layers}, must be at least 0")
+        if not layers and config.pooling != "mean":
+            raise EncoderError(f"pooling is {config.pooling!r}: a bag of words has no order, only 'mean' makes sense")
         try:
             tokenizer = learn_wordpiece(texts, vocabulary)
         except ValueError as error:
             raise EncoderError(str(error)) from None
-        shape = BertConfig(
-            vocab_size=tokenizer.get_vocab_size(),
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=4 * width,
-            max_position_embeddings=config.max_length,
-            type_vocab_size=1,
-            pad_token_id=PAD_ID,
-            dtype="float32",
-        )
+        facts = {"vocab_size": tokenizer.get_vocab_size(), "hidden_size": width, "pad_token_id": PAD_ID, "dtype": "float32"}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            if not layers:
+                return cls(BagOfWords(BagOfWordsConfig(**facts)), tokenizer, PAD_ID, config)
+            shape = BertConfig(
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                intermediate_size=4 * width,
+                max_position_embeddings=config.max_length,
+                type_vocab_size=1,
+                **facts,
+            )
             return cls(BertModel(shape, add_pooling_layer=False), tokenizer, PAD_ID, config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and the token ids must be."""
+        return next(self.transformer.parameters()).device
 
     def set_dtype(self, dtype: Dtype) -> None:
         """What the transformer computes in; the embeddings, and the intermediate layer, are fp32 all the same.

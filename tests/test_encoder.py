@@ -21,7 +21,7 @@ from transformers import (
     T5Model,
 )
 
-from models.encoder import Encoder, EncoderConfig, EncoderError
+from models.encoder import Encoder, EncoderConfig, EncoderError, Pooling
 from models.wordpiece import learn_wordpiece
 
 TEXTS = [
@@ -326,15 +326,21 @@ def test_pretrained_refuses_an_encoder_decoder(tmp_path: Path) -> None:
 
 
 def test_without_layers_it_is_a_bag_of_words() -> None:
-    """A text's embedding is the mean of one vector for each token and place; training moves those of its own tokens alone."""
+    """A text's embedding is the normalized mean of one vector for each token; training moves those of its own tokens alone."""
     config = EncoderConfig(pooling="mean", max_length=16)
-    encoder = Encoder.small(TEXTS, config, vocabulary=400, width=32, layers=0, heads=2, seed=0)
+    encoder = Encoder.small(TEXTS, config, vocabulary=400, width=32, layers=0, seed=0)
     ids = torch.tensor(encoder.tokenize(TEXTS[:1]))
-    places = range(ids.shape[1])
-    vectors = encoder.transformer.embeddings
-    each = [vectors(input_ids=ids[:, i : i + 1], position_ids=torch.tensor([[i]])) for i in places]
-    expected = torch.cat(each, dim=1).mean(dim=1)
-    torch.testing.assert_close(encoder(ids, torch.ones_like(ids)), expected)
-    encoder(ids, torch.ones_like(ids)).sum().backward()
-    moved = encoder.transformer.embeddings.word_embeddings.weight.grad.abs().sum(dim=1).nonzero().flatten()
-    assert set(moved.tolist()) <= set(ids.flatten().tolist())
+    words = encoder.transformer.words.weight
+    expected = torch.nn.functional.layer_norm(words[ids].mean(dim=1), (32,), eps=1e-6)
+    embedding = encoder(ids, torch.ones_like(ids))
+    torch.testing.assert_close(embedding, expected)
+    torch.testing.assert_close(encoder(ids.flip(1), torch.ones_like(ids)), expected)
+    embedding[:, 0].sum().backward()
+    moved = words.grad.abs().sum(dim=1).nonzero().flatten()
+    assert set(moved.tolist()) == set(ids.flatten().tolist())
+
+
+@pytest.mark.parametrize("pooling", ["cls", "last"])
+def test_a_bag_of_words_refuses_to_look_at_one_token(pooling: Pooling) -> None:
+    with pytest.raises(EncoderError, match="a bag of words has no order"):
+        Encoder.small(TEXTS, EncoderConfig(pooling, 16), vocabulary=400, width=32, layers=0, seed=0)
