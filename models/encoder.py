@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import load_model, save_model
@@ -149,7 +149,7 @@ class Encoder(nn.Module):
             tokenizer = learn_wordpiece(texts, vocabulary)
         except ValueError as error:
             raise EncoderError(str(error)) from None
-        facts = {"vocab_size": tokenizer.get_vocab_size(), "hidden_size": width, "pad_token_id": PAD_ID, "dtype": "float32"}
+        facts: dict[str, Any] = {"vocab_size": tokenizer.get_vocab_size(), "hidden_size": width, "pad_token_id": PAD_ID, "dtype": "float32"}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if not layers:
