@@ -149,7 +149,12 @@ class Encoder(nn.Module):
             tokenizer = learn_wordpiece(texts, vocabulary)
         except ValueError as error:
             raise EncoderError(str(error)) from None
-        facts: dict[str, Any] = {"vocab_size": tokenizer.get_vocab_size(), "hidden_size": width, "pad_token_id": PAD_ID, "dtype": "float32"}
+        facts: dict[str, Any] = {
+            "vocab_size": tokenizer.get_vocab_size(),
+            "hidden_size": width,
+            "pad_token_id": PAD_ID,
+            "dtype": "float32",
+        }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if not layers:
