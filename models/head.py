@@ -231,6 +231,12 @@ class Head:
             raise HeadError(f"label {np.argmax(missing)} is in no block")
         return block_of, slot_of
 
+    def places(self) -> np.ndarray:
+        """Where each label lives, uint32 [L]: its slot, counted on from those of the blocks before. HeadError as in `slots`."""
+        block_of, slot_of = self.slots()
+        first = np.cumsum([0, *(block.bias.size for block in self.blocks)])
+        return (slot_of + first[block_of]).astype(np.uint32)
+
 
 def random_indices(rows: int, fan_in: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """uint16 [rows, fan_in]: per row a uniformly random subset of range(width), ascending."""

@@ -6,27 +6,35 @@ Dimensions: B batch, D width, L labels, N groups, K fan-in, G group size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
 
 from models.head import Block, Head
 from models.kernels.step import MOMENTS, Loss, Moments, Optimizer, Positives, check_rule, rounding_key
+from models.kernels.subset import Subset
 
 __all__ = [
-    "Loss", "Moments", "Optimizer", "Positives", "grad_input", "grad_values", "rounding_key", "scores", "topk", "train_step",
+    "Loss", "Moments", "Optimizer", "Positives", "Subset", "grad_input", "grad_values", "rounding_key", "scores", "topk",
+    "train_step",
 ]  # fmt: skip
 
 
-def topk(x: np.ndarray, head: Head, k: int) -> tuple[np.ndarray, np.ndarray]:
+def topk(x: np.ndarray, head: Head, k: int, allowed: Sequence[Subset | None] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The k best labels per row of x fp32 [B, D], exactly: scores fp32 [B, k] descending, label ids int32 [B, k].
 
     No [B, L] matrix is made. Equal scores come in any order. With fewer than k labels, all of them (k = L).
+
+    `allowed` has an entry per row: the labels that it may give, None for all. A row that may give fewer than k labels has all
+    of them, then score −inf and label −1. Groups of which no row may give a label are not read.
     """
     x = _input(x, head.width)
     if k < 1:
         raise ValueError(f"k is {k}, must be at least 1")
-    return _compiled().topk(x, head, min(k, head.n_labels))
+    if allowed is not None:
+        _check_allowed(allowed, head, len(x))
+    return _compiled().topk(x, head, min(k, head.n_labels), allowed)
 
 
 def scores(x: np.ndarray, block: Block) -> np.ndarray:
@@ -96,6 +104,15 @@ def _input(x: np.ndarray, width: int) -> np.ndarray:
     if not np.isfinite(x).all():
         raise ValueError(f"x row {np.argwhere(~np.isfinite(x))[0][0]} has a value that is not finite")
     return np.ascontiguousarray(x)
+
+
+def _check_allowed(allowed: Sequence[Subset | None], head: Head, rows: int) -> None:
+    if len(allowed) != rows:
+        raise ValueError(f"allowed has {len(allowed)} entries, x has {rows} rows")
+    slots = sum(block.bias.size for block in head.blocks)
+    for row, subset in enumerate(allowed):
+        if subset is not None and (subset.places[-1:] >= slots).any():
+            raise ValueError(f"allowed of row {row} names place {subset.places[-1]}, the head has {slots} slots")
 
 
 def _gradient(grad: np.ndarray, block: Block) -> np.ndarray:

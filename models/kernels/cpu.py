@@ -7,14 +7,16 @@ use take part (affinity mask and cgroup quota); FANIN_THREADS=N or `set_threads`
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
 
 from models.head import Block, Head
 from models.kernels.step import Loss, Moments, Optimizer, Positives
+from models.kernels.subset import EVERY, Subset
 
-INTERFACE = 1  # of _cpu, as csrc/bindings.cpp has it
+INTERFACE = 2  # of _cpu, as csrc/bindings.cpp has it
 _BUILD = "run `make set-up`, or `pip install -e .`, in the project's folder"
 try:
     import models.kernels._cpu as _cpu  # compiled: it has no source to look at
@@ -59,13 +61,17 @@ def _native(block: Block) -> _cpu.Block:
     )
 
 
-def topk(x: np.ndarray, head: Head, k: int) -> tuple[np.ndarray, np.ndarray]:
+def topk(x: np.ndarray, head: Head, k: int, allowed: Sequence[Subset | None] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """See models.kernels.topk. OverflowError when scores of a row are not finite, so that no k best exist."""
     scores = np.empty((len(x), k), dtype=np.float32)
     labels = np.empty((len(x), k), dtype=np.int32)
-    _cpu.topk([_native(block) for block in head.blocks], x, k, scores, labels)
+    subsets = [EVERY if subset is None else subset for subset in allowed or ()]
+    places, excluded = [subset.places for subset in subsets], [subset.excluded for subset in subsets]
+    _cpu.topk([_native(block) for block in head.blocks], x, k, places, excluded, scores, labels)
     if (labels < 0).any():
-        raise OverflowError(f"x row {np.argwhere(labels < 0)[0][0]}: scores overflow fp32")
+        wanted = np.array([min(k, subset.size(head.n_labels)) for subset in subsets or [EVERY] * len(x)])
+        if (short := (labels >= 0).sum(axis=1) < wanted).any():
+            raise OverflowError(f"x row {np.argmax(short)}: scores overflow fp32")
     return scores, labels
 
 

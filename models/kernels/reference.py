@@ -6,13 +6,14 @@ chunks, so it needs no dense weights either, but it is slow: for tests, explanat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from models.dtypes import decode, encode
 from models.head import Block, Head
 from models.kernels.step import Loss, Moments, Optimizer, Positives, group_keys, random_bits
+from models.kernels.subset import Subset
 
 Precision = type[np.floating]
 _CHUNK = 1 << 20  # gathered inputs held at once
@@ -31,14 +32,32 @@ def scores(x: np.ndarray, block: Block, precision: Precision = np.float64) -> np
     return out
 
 
-def topk(x: np.ndarray, head: Head, k: int, precision: Precision = np.float64) -> tuple[np.ndarray, np.ndarray]:
-    """The k best labels of each row: scores [B, k] descending and label ids int32 [B, k]."""
+def topk(
+    x: np.ndarray,
+    head: Head,
+    k: int,
+    precision: Precision = np.float64,
+    *,
+    allowed: Sequence[Subset | None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best allowed labels of each row: scores [B, k] descending and label ids int32 [B, k].
+
+    A row that may give fewer ends in score −inf and label −1.
+    """
     every = np.full((len(x), head.n_labels), -np.inf, dtype=precision)
     for block in head.blocks:
         real = block.label_ids >= 0
         every[:, block.label_ids[real]] = scores(x, block, precision)[:, real]
+    taken = np.zeros(every.shape, dtype=bool)
+    at_place = np.concatenate([block.label_ids.reshape(-1) for block in head.blocks])
+    for row, subset in enumerate(allowed or ()):
+        if subset is not None:
+            taken[row] = not subset.excluded
+            taken[row, at_place[subset.places]] = subset.excluded
+    every[taken] = -np.inf
     order = np.argsort(-every, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(every, order, axis=1), order.astype(np.int32)
+    labels = np.where(np.take_along_axis(taken, order, axis=1), -1, order)
+    return np.take_along_axis(every, order, axis=1), labels.astype(np.int32)
 
 
 def train_step(

@@ -69,7 +69,7 @@ static void train_step(const fanin::Block& block, Array<const float, -1, -1> x, 
 
 NB_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of the head (C++); use them through models.kernels.";
-  m.attr("interface") = 1;  // models/kernels/cpu.py compares it; goes up with every change of a signature below
+  m.attr("interface") = 2;  // models/kernels/cpu.py compares it; goes up with every change of a signature below
   nb::class_<fanin::Block>(m, "Block").def(
       "__init__",
       [](fanin::Block* self, const std::string& connectivity, int width, const std::string& dtype, const nb::object& values,
@@ -79,10 +79,12 @@ NB_MODULE(_cpu, m) {
       "connectivity"_a, "width"_a, "dtype"_a, "values"_a, "bias"_a, "labels"_a, "indices"_a.none(),
       nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>(),
       "Pointers into a block's buffers, which it keeps alive.");
-  m.def("topk", [](const std::vector<fanin::Block>& blocks, Array<const float, -1, -1> x, int k, Array<float, -1, -1> scores,
-                   Array<int32_t, -1, -1> labels) {
+  m.def("topk", [](const std::vector<fanin::Block>& blocks, Array<const float, -1, -1> x, int k, const std::vector<Array<const int64_t, -1>>& places,
+                   const std::vector<bool>& excluded, Array<float, -1, -1> scores, Array<int32_t, -1, -1> labels) {
+    std::vector<fanin::Subset> allowed;
+    for (size_t b = 0; b < places.size(); ++b) allowed.push_back({places[b].data(), (int64_t)places[b].shape(0), excluded[b]});
     nb::gil_scoped_release release;
-    fanin::topk(blocks, x.data(), (int)x.shape(0), k, scores.data(), labels.data());
+    fanin::topk(blocks, x.data(), (int)x.shape(0), k, allowed, scores.data(), labels.data());
   });
   m.def("scores", [](const fanin::Block& block, Array<const float, -1, -1> x, Floats3 out) {
     nb::gil_scoped_release release;

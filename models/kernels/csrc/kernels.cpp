@@ -3,6 +3,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "gate.h"
 #include "loss.h"
 #include "select.h"
 #include "simd.h"
@@ -35,17 +36,21 @@ bool along_batch(const Block& block, const Batch& x) {
 }
 
 template <class T>
-void topk(const Block& block, const Batch& x, int64_t begin, int64_t end, Best& best, float* scratch) {
+void topk(const Block& block, const Batch& x, int64_t begin, int64_t end, Gate* gate, Best& best, float* scratch) {
   const int G = block.group_size;
-  float *z = scratch, *wf = scratch + (int64_t)G * x.ldx;
+  const bool columns = along_batch(block, x);
+  const uint16_t* open = gate ? gate->open : nullptr;
+  float *z = scratch, *wf = z + (int64_t)G * x.ldx, *limit = wf + (columns ? (int64_t)block.fan_in * G : 0);
+  if (gate) start(*gate, x.rows, begin * G, G);
   for (int64_t n = begin; n < end; ++n) {
+    if (gate && (n = next_group(*gate, x.rows, n, end, G)) == end) break;
     const Group<T> group(block, n);
-    if (along_batch(block, x)) {
+    if (columns) {
       forward_columns(block, group.values, group.index, x, group.bias, wf, z);
-      select_columns(z, x.ldx, G, group.labels, best);
+      select_columns(z, x.rows, x.ldx, G, group.labels, open, limit, best);
     } else {
       forward_rows(block, group.values, group.index, x, group.bias, z);
-      select_rows(z, x.rows, G, group.labels, best);
+      select_rows(z, x.rows, G, group.labels, open, best);
     }
   }
 }
@@ -165,11 +170,11 @@ void backward(const Block& block, const Batch& x, const float* grad, int64_t beg
   }
 }
 
-void topk_any(const Block& block, const Batch& x, int64_t begin, int64_t end, Best& best, float* scratch) {
+void topk_any(const Block& block, const Batch& x, int64_t begin, int64_t end, Gate* gate, Best& best, float* scratch) {
   switch (block.dtype) {
-    case DType::fp32: return topk<float>(block, x, begin, end, best, scratch);
-    case DType::fp16: return topk<fp16>(block, x, begin, end, best, scratch);
-    case DType::bf16: return topk<bf16>(block, x, begin, end, best, scratch);
+    case DType::fp32: return topk<float>(block, x, begin, end, gate, best, scratch);
+    case DType::fp16: return topk<fp16>(block, x, begin, end, gate, best, scratch);
+    case DType::bf16: return topk<bf16>(block, x, begin, end, gate, best, scratch);
   }
 }
 

@@ -37,6 +37,25 @@ struct Best {
   float* threshold;  // [ldx]
 };
 
+// The labels that a row may give: those in these places, ascending, or with `excluded` all others. A place is a slot counted
+// through all blocks.
+struct Subset {
+  const int64_t* places;
+  int64_t count;
+  bool excluded;
+};
+
+// One thread's walk past the labels that the rows of a batch may give. It goes forward only.
+struct Gate {
+  const Subset* rows;  // [B]
+  int64_t first;       // place of the block's first slot
+  int64_t* next;       // [B]: places listed before it are behind
+  uint16_t* open;      // [B, G / 16]: a bit for each label of the group
+  int64_t nearest;     // of all places ahead, in any list
+  bool excluding;      // some row may give all labels but those listed
+  bool touched;        // some bits are those of a group with listed places
+};
+
 struct Step {
   Loss loss;
   Update update;
@@ -56,7 +75,8 @@ struct Step {
 // All work on groups [begin, end). `scratch` holds scratch_floats() floats, 64-byte aligned, one per thread.
 struct Kernels {
   const char* name;
-  void (*topk)(const Block&, const Batch&, int64_t begin, int64_t end, Best&, float* scratch);
+  // The gate may be null: then every label is allowed.
+  void (*topk)(const Block&, const Batch&, int64_t begin, int64_t end, Gate*, Best&, float* scratch);
   void (*scores)(const Block&, const Batch&, int64_t begin, int64_t end, float* out, float* scratch);
   // Adds ∂loss/∂x to grad_xt [D, ldx] and returns the summed loss.
   double (*train)(const Block&, const Batch&, const Step&, int64_t begin, int64_t end, float* grad_xt, float* scratch);

@@ -101,12 +101,15 @@ bool use_level(const char* name) {
   return false;
 }
 
-void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, float* scores, int32_t* labels) {
+void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, const std::vector<Subset>& allowed, float* scores,
+          int32_t* labels) {
   const Kernels& run = kernels();
   const int width = blocks.front().width;
   int64_t groups = 0, scratch = 0;
+  int largest = 0;  // group
   for (const auto& block : blocks) {
     groups += block.groups;
+    largest = std::max(largest, block.group_size);
     scratch = std::max(scratch, scratch_floats(block, padded(std::min(rows, TOPK_ROWS))));
   }
   const int workers = workers_for(groups);
@@ -124,6 +127,9 @@ void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, flo
     std::vector<float> best_scores((size_t)workers * part * k), thresholds((size_t)workers * batch.ldx);
     std::vector<int32_t> best_labels((size_t)workers * part * k);
     std::vector<int> counts((size_t)workers * part);
+    const bool gated = !allowed.empty();
+    std::vector<int64_t> gate_next(gated ? (size_t)workers * part : 0);
+    std::vector<uint16_t> gate_open(gated ? (size_t)workers * part * (largest / 16) : 0);
     std::atomic<int64_t> next{0};
     parallel(workers, [&](int t) {
       Best best{k, &best_scores[(size_t)t * part * k], &best_labels[(size_t)t * part * k], &counts[(size_t)t * part],
@@ -131,11 +137,15 @@ void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, flo
       std::fill_n(best.threshold, part, -std::numeric_limits<float>::infinity());
       std::fill_n(best.threshold + part, batch.ldx - part, std::numeric_limits<float>::infinity());
       for (int64_t begin; (begin = next.fetch_add(chunk)) < groups;) {
-        int64_t end = std::min(begin + chunk, groups), offset = 0;
+        int64_t end = std::min(begin + chunk, groups), offset = 0, place = 0;
         for (const auto& block : blocks) {
           const int64_t from = std::max<int64_t>(begin - offset, 0), to = std::min(end - offset, block.groups);
-          if (from < to) run.topk(block, batch, from, to, best, scratches[t].get());
+          Gate gate{};
+          gate.rows = gated ? &allowed[row] : nullptr, gate.first = place;
+          gate.next = gate_next.data() + (size_t)t * part, gate.open = gate_open.data() + (size_t)t * part * (largest / 16);
+          if (from < to) run.topk(block, batch, from, to, gated ? &gate : nullptr, best, scratches[t].get());
           offset += block.groups;
+          place += block.groups * block.group_size;
         }
       }
     });

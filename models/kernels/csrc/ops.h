@@ -12,8 +12,10 @@ std::vector<const char*> levels();
 const char* level();
 bool use_level(const char* name);
 
-// scores [B, k] descending and labels [B, k]; a row with fewer than k comparable scores ends in label −1.
-void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, float* scores, int32_t* labels);
+// scores [B, k] descending and labels [B, k]; a row with fewer than k comparable scores ends in label −1. `allowed` has an entry
+// per row, or none at all when every row may give every label.
+void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, const std::vector<Subset>& allowed, float* scores,
+          int32_t* labels);
 void scores(const Block& block, const float* x, int rows, float* out);
 // grad_x [B, D]; returns the loss, summed over labels and averaged over rows.
 double train_step(const Block& block, const float* x, int rows, const Step& step, float* grad_x);
