@@ -63,13 +63,15 @@ def imported(package: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("package", "extra"),
-    [("models", "train"), ("models/kernels/gpu", "gpu"), ("train", "train"), ("export", "train"), ("serve", "cpu")],
+    [
+        ("models", "train"), ("models/kernels/gpu", "gpu"), ("train", "train"), ("export", "train"), ("serve", "cpu,client"),
+        ("serve/gpu", "gpu"),
+    ],
 )
 def test_what_is_imported_is_required(package: str, extra: str) -> None:
     project = PROJECT["project"]
-    required = {
-        canonicalize_name(Requirement(line).name) for line in project["dependencies"] + project["optional-dependencies"][extra]
-    }
+    extras = [line for name in extra.split(",") for line in project["optional-dependencies"][name]]
+    required = {canonicalize_name(Requirement(line).name) for line in project["dependencies"] + extras}
     missing = imported(package) - required - {"pydantic", "pydantic-core", "starlette"}  # fastapi is made of them
     assert {name for name in missing if not name.startswith("opentelemetry-")} == set()  # imported only when it is switched on
 
