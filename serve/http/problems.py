@@ -117,6 +117,6 @@ def _pointer(loc: Sequence[Any]) -> str:
     where, *path = loc
     if where != "body":
         return ".".join(map(str, path))
-    if path[:1] == ["inputs"]:
-        path = ["inputs", *(step for step in path[1:] if isinstance(step, int))]  # without the name of the form checked
+    if path[:2] in (["inputs", "text"], ["inputs", "texts"]):
+        del path[1]  # the name of the form that was checked
     return "".join("/" + str(step).replace("~", "~0").replace("/", "~1") for step in path)
