@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from export.bundle import BundleError, check_target, write_bundle
-from export.convert import DTYPES
+from export.convert import DTYPES, ENCODER_DTYPES
 from export.encoder import export_encoder, export_tokenizer
 from models.encoder import Encoder, EncoderConfig, EncoderError
 from models.head import Block, Connectivity, Head, HeadError
@@ -65,7 +65,7 @@ def _make(given: argparse.Namespace) -> None:
         labels=((f"L{i:09d}", name) for i, name in enumerate(names)),
         tokenizer=export_tokenizer(encoder),
         max_length=encoder.config.max_length,
-        write_encoder=lambda path: export_encoder(encoder, path),
+        write_encoder=lambda path: export_encoder(encoder, path, given.encoder_dtype),
         metrics={},
         force=given.force,
     )
@@ -97,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         default=RANDOM_MINILM,
         help=f"a checkpoint's encoder folder, a Hugging Face model by name or folder (mean pooling), or {RANDOM_MINILM}: "
         "random weights in MiniLM's shape, 6 layers of width 384 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--encoder-dtype", choices=ENCODER_DTYPES, default="fp32", help="as for python -m export (default: %(default)s)"
     )
     parser.add_argument(
         "--max-length", type=int, default=256, help="tokens per text, but for a checkpoint's encoder (default: 256)"

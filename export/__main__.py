@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from export.convert import DTYPES
+from export.convert import DTYPES, ENCODER_DTYPES
 from models.extras import missing
 
 
@@ -17,7 +17,13 @@ def main(argv: list[str] | None = None) -> int:
         from export.pack import INPUT_ERRORS, ParityError, pack  # torch takes seconds to load; --help should not
 
         manifest = pack(
-            given.run, given.out, checkpoint=given.checkpoint, name=given.name, head_dtype=given.head_dtype, force=given.force
+            given.run,
+            given.out,
+            checkpoint=given.checkpoint,
+            name=given.name,
+            head_dtype=given.head_dtype,
+            encoder_dtype=given.encoder_dtype,
+            force=given.force,
         )
     # These two first: the others' names are not there when an import fails or is interrupted.
     except ImportError as error:
@@ -45,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", metavar="STEP", help="checkpoint to pack, such as step-00001234 (default: the latest)")
     parser.add_argument("--name", help="the model's name in answers and metrics (default: the last part of BUNDLE)")
     parser.add_argument("--head-dtype", choices=DTYPES, help="round the head's values to this format (default: as trained)")
+    parser.add_argument(
+        "--encoder-dtype",
+        choices=ENCODER_DTYPES,
+        default="fp32",
+        help="of the encoder's matrix products; int8 is up to 1.6 times as fast on a CPU, and changes scores (default: fp32)",
+    )
     parser.add_argument("--force", action="store_true", help="replace BUNDLE if it is a bundle")
     return parser
 

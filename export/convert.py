@@ -10,6 +10,7 @@ from models import dtypes
 from models.head import Block, Head
 
 DTYPES = ("fp32", "fp16", "bf16")
+ENCODER_DTYPES = ("fp32", "int8")
 _CHUNK = 1 << 12  # groups
 
 

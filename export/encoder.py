@@ -1,16 +1,22 @@
 """A trained encoder as an ONNX file that takes batches of any size and texts of any length.
 
 input_ids, attention_mask int64 [B, S] → embedding fp32 [B, D]
+
+With int8 the weights of the transformer's matrix products are rounded to 7 bits, with a scale per output; what they are
+multiplied with is rounded to 8 bits while running, with a scale per batch. 7 bits, because processors without VNNI add pairs of
+products in 16 bits. A text's embedding then depends a little on the texts it shares a batch with.
 """
 
 from __future__ import annotations
 
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import onnx
 import torch
 from onnx_ir.passes import Sequential
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, NameFixPass
@@ -23,8 +29,22 @@ _OPSET = 20  # the first with Gelu as one operator
 _MAX_INLINE = 1_800_000_000  # bytes; protobuf ends at 2 GiB, so larger weights go to a file beside
 
 
-def export_encoder(encoder: Encoder, path: Path) -> None:
+def export_encoder(encoder: Encoder, path: Path, dtype: str = "fp32") -> None:
     """Writes `path`, and `path`.data beside it when the weights are too large for one file; EncoderError.
+
+    dtype   "fp32" or "int8", of the weights of matrix products
+    """
+    external = sum(parameter.nbytes for parameter in encoder.parameters()) > _MAX_INLINE
+    if dtype == "fp32":
+        return _export(encoder, path, external)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole = Path(folder) / path.name
+        _export(encoder, whole, external)
+        _quantize(whole, path, external)
+
+
+def _export(encoder: Encoder, path: Path, external: bool) -> None:
+    """Writes it in fp32, the weights to a file beside if `external`.
 
     Plain "eager" attention is exported: torch's fused one does not decompose for every architecture (T5), and is no faster in
     ONNX Runtime.
@@ -38,7 +58,7 @@ def export_encoder(encoder: Encoder, path: Path) -> None:
         0: torch.export.Dim("batch", min=1),
         1: torch.export.Dim("length", min=1, max=max(length, encoder.config.max_length)),
     }
-    with _eager_attention(encoder), _quiet():
+    with _eager_attention(encoder), _quiet("torch.onnx"):
         try:
             program = torch.onnx.export(
                 encoder.eval(),
@@ -56,8 +76,28 @@ def export_encoder(encoder: Encoder, path: Path) -> None:
         assert program is not None  # None only without dynamo
         # An inner value may have the output's name, and the metadata holds stack traces of this machine.
         Sequential(NameFixPass(), ClearMetadataAndDocStringPass())(program.model)
-        weights = sum(parameter.nbytes for parameter in encoder.parameters())
-        program.save(path, external_data=weights > _MAX_INLINE)
+        program.save(path, external_data=external)
+
+
+def _quantize(whole: Path, path: Path, external: bool) -> None:
+    """Writes to `path` the graph in `whole` with int8 weights."""
+    from export import onnx_runtime  # noqa: F401  telemetry is off before the next line imports ONNX Runtime
+    from onnxruntime.quantization import QuantType, quantize_dynamic  # isort: skip
+
+    model = onnx.load(whole, load_external_data=False)
+    del model.graph.value_info[:]  # the quantizer transposes weights and stumbles over their shapes there
+    onnx.save(model, whole)
+    with _quiet("root"):
+        quantize_dynamic(
+            whole,
+            path,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=external,
+            extra_options={"MatMulConstBOnly": True},
+        )
 
 
 def export_tokenizer(encoder: Encoder) -> str:
@@ -80,9 +120,9 @@ def _eager_attention(encoder: Encoder) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns of optional packages and of its own deprecated calls; none of it concerns the user."""
-    logger = logging.getLogger("torch.onnx")
+def _quiet(name: str) -> Iterator[None]:
+    """They warn of optional packages and steps and of their own deprecated calls; none of it concerns the user."""
+    logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

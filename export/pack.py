@@ -23,12 +23,20 @@ INPUT_ERRORS = (RunError, BundleError, EncoderError, HeadError, OSError)  # what
 
 
 def pack(
-    run_folder: Path, out: Path, *, checkpoint: str | None, name: str | None, head_dtype: str | None, force: bool
+    run_folder: Path,
+    out: Path,
+    *,
+    checkpoint: str | None,
+    name: str | None,
+    head_dtype: str | None,
+    encoder_dtype: str,
+    force: bool,
 ) -> Manifest:
     """Writes the bundle `out` and says on standard output what it does. INPUT_ERRORS; ParityError.
 
     checkpoint  the latest if None                  name   the last part of `out` if None
     head_dtype  as trained if None                  force  replaces an older bundle
+    encoder_dtype  "fp32" or "int8"
     """
     check_target(out, force)
     run = Run(run_folder)
@@ -41,11 +49,19 @@ def pack(
 
     def write_encoder(path: Path) -> None:
         print("exporting the encoder to ONNX")
-        export_encoder(encoder, path)
+        export_encoder(encoder, path, encoder_dtype)
 
     def proof(bundle: Bundle) -> dict[str, Any]:
         print(f"comparing bundle and checkpoint on {len(heldout)} held-out texts")
-        parity = prove(bundle, encoder=encoder, trained=head, packed=packed, labels=run.labels(), heldout=heldout)
+        parity = prove(
+            bundle,
+            encoder=encoder,
+            trained=head,
+            packed=packed,
+            labels=run.labels(),
+            heldout=heldout,
+            encoder_dtype=encoder_dtype,
+        )
         print("\n" + parity.table() + "\n")
         return asdict(parity)
 

@@ -90,6 +90,27 @@ def test_large_weights_go_to_a_file_beside(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("beside", [False, True])
+def test_int8_multiplies_integers_and_stays_near(
+    beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if beside:
+        monkeypatch.setattr(export_encoder_module, "_MAX_INLINE", 1_000)
+    encoder = small_encoder()
+    export_encoder(encoder, tmp_path / "encoder.onnx", "int8")
+    names = ["encoder.onnx", "encoder.onnx.data"] if beside else ["encoder.onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert b"MatMulInteger" in (tmp_path / "encoder.onnx").read_bytes()
+    for batch, length in ((1, 1), (7, LONGEST)):
+        ids = np.random.default_rng(batch).integers(5, encoder.tokenizer.get_vocab_size(), (batch, length))
+        with torch.inference_mode():
+            expected = encoder(torch.from_numpy(ids), torch.ones(ids.shape, dtype=torch.int64)).numpy()
+        embedding = run(tmp_path / "encoder.onnx", ids, np.ones_like(ids))
+        assert 0 < np.abs(embedding - expected).max() < 0.2 * np.abs(expected).max()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
 def test_the_file_says_nothing_of_the_machine_that_made_it(exported: Path) -> None:
     assert not re.search(rb"site-packages|\.py\b|Traceback", (exported / "encoder.onnx").read_bytes())
 

@@ -35,7 +35,7 @@ def run(run_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def quick(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the encoder that was exported before, which is the same one."""
-    monkeypatch.setattr(pack, "export_encoder", lambda encoder, file: shutil.copy(exported / "encoder.onnx", file))
+    monkeypatch.setattr(pack, "export_encoder", lambda encoder, file, dtype: shutil.copy(exported / "encoder.onnx", file))
 
 
 def test_the_bundle_holds_the_checkpoint(exported: Path, run_folder: Path) -> None:
@@ -102,10 +102,24 @@ def test_values_beyond_the_format_are_refused(run: Path, tmp_path: Path, capsys:
     assert "error: block 0: values[1, 2, 3] is not finite" in capsys.readouterr().err
 
 
+def test_an_int8_encoder_is_smaller_and_its_difference_is_told(
+    exported: Path, run_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(run_folder), "--out", str(tmp_path / "b"), "--encoder-dtype", "int8"]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    bundle, whole = open_bundle(tmp_path / "b"), open_bundle(exported)
+    assert bundle.manifest.files["encoder.onnx"].size < whole.manifest.files["encoder.onnx"].size
+    parity = bundle.manifest.parity
+    assert parity is not None
+    assert 1e-4 < parity["embedding_difference"] / parity["embedding_scale"] < 0.4
+    assert f"same top-10 on {parity['same_top_k']} of 26 held-out texts" in out
+
+
 def test_a_bundle_that_answers_otherwise_is_not_kept(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def unfaithful(encoder: Encoder, file: Path) -> None:
+    def unfaithful(encoder: Encoder, file: Path, dtype: str) -> None:
         assert encoder.intermediate is not None
         weight = encoder.intermediate.weight.data
         original = weight.clone()

@@ -14,6 +14,7 @@ import pytest
 
 from export.bundle import Bundle, open_bundle, write_bundle
 from export.convert import convert_values
+from export.encoder import export_encoder
 from export.parity import Parity, ParityError, _checkpoint_embeddings, _compare_rankings, prove
 from export.run import HeldOut, Run, load_model
 from models import kernels
@@ -49,6 +50,16 @@ def test_a_bundle_equals_its_checkpoint(exported: Path, checkpoint: dict[str, An
     assert 0 < parity.embedding_difference < 1e-5 * parity.embedding_scale
     assert 0 < parity.score_difference < 1e-5 * parity.score_scale
     assert parity.precision.keys() == {"P@1", "P@3", "P@5"}
+
+
+def test_what_an_int8_encoder_may_be_off_is_too_much_for_fp32(
+    checkpoint: dict[str, Any], exported: Path, tmp_path: Path
+) -> None:
+    bundle = repack(exported, tmp_path / "b", write_encoder=lambda file: export_encoder(checkpoint["encoder"], file, "int8"))
+    parity = prove(bundle, **checkpoint, encoder_dtype="int8")
+    assert parity.embedding_difference > 1e-4 * parity.embedding_scale
+    with pytest.raises(ParityError, match=r"^embeddings of a batch"):
+        prove(bundle, **checkpoint)
 
 
 def test_precision_counts_true_labels_of_texts_that_have_some(exported: Path, checkpoint: dict[str, Any]) -> None:
