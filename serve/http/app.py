@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from fastapi import FastAPI, Response
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from serve.http import answering, docs, labels, open_inference, predict, problems, status
+from serve.http import answering, docs, labels, open_inference, page, predict, problems, status
 from serve.http.gateway import Gateway
 from serve.http.keys import ApiKeys, KeyCheck
 from serve.metrics import versions
 from serve.service import Service
 from serve.telemetry import Tracing
 
-_PAGE = Path(__file__).with_name("page.html").read_bytes()
-_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 _OPEN = {"/", "/health", "/livez", "/readyz", "/metrics", "/docs", "/openapi.json", "/v2/health/live", "/v2/health/ready"}
 
 
@@ -29,9 +25,8 @@ def create_app(service: Service, keys: ApiKeys, tracing: Tracing | None = None) 
         openapi_url=None,  # serve.http.docs has it
     )
     app.state.service = service
-    for routes in (predict, labels, status, open_inference, docs):
+    for routes in (predict, labels, status, open_inference, docs, page):
         app.include_router(routes.router)
-    app.add_api_route("/", _page, include_in_schema=False)
     problems.install(app)
     answering.install(app)
     docs.install(app, service.settings, keys, _is_open)
@@ -50,7 +45,3 @@ def create_app(service: Service, keys: ApiKeys, tracing: Tracing | None = None) 
 def _is_open(path: str) -> bool:
     """Whether a path needs no key: what probes, Prometheus and a browser ask for before anybody could give one."""
     return path in _OPEN or path.startswith(("/docs/", "/page/"))
-
-
-async def _page() -> Response:
-    return Response(_PAGE, media_type="text/html", headers={"Content-Security-Policy": _PAGE_POLICY})

@@ -10,12 +10,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-_KEYS = {"Enter": (13, "\r"), "Tab": (9, ""), "ArrowRight": (39, ""), "Space": (32, " ")}
+_KEYS = {
+    "Enter": (13, "\r"),
+    "Tab": (9, ""),
+    "Escape": (27, ""),
+    "Backspace": (8, ""),
+    "Space": (32, " "),
+    "ArrowUp": (38, ""),
+    "ArrowRight": (39, ""),
+    "ArrowDown": (40, ""),
+}
 _CTRL = 2
 
 
 class Browser:
-    """One page. `requests` are the addresses it asked for."""
+    """One page. `requests` are the addresses it asked for; `errors` what its scripts or its security policy complained of."""
 
     def __init__(self, profile: Path) -> None:
         program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -40,9 +49,10 @@ class Browser:
         self._number = 0
         self._session: str | None = None
         self.requests: list[str] = []
+        self.errors: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Network", "Accessibility"):
+        for domain in ("Page", "Network", "Accessibility", "Runtime", "Log"):
             self.call(f"{domain}.enable")
 
     def close(self) -> None:
@@ -64,12 +74,21 @@ class Browser:
         self._commands.flush()
         while True:
             event = self._read()
-            if event.get("method") == "Network.requestWillBeSent":
-                self.requests.append(event["params"]["request"]["url"])
+            self._note(event.get("method"), event.get("params", {}))
             if event.get("id") == self._number:
                 assert "error" not in event, event
                 result: dict[str, Any] = event["result"]
                 return result
+
+    def _note(self, method: str | None, facts: dict[str, Any]) -> None:
+        if method == "Network.requestWillBeSent":
+            self.requests.append(facts["request"]["url"])
+        elif method == "Runtime.exceptionThrown":
+            self.errors.append(str(facts["exceptionDetails"]))
+        elif method == "Runtime.consoleAPICalled" and facts["type"] in ("error", "assert"):
+            self.errors.append(str(facts["args"]))
+        elif method == "Log.entryAdded" and facts["entry"]["level"] == "error" and facts["entry"]["source"] != "network":
+            self.errors.append(facts["entry"]["text"])  # an answer of 4xx or 5xx is of the source "network"
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression in the page."""
@@ -85,7 +104,8 @@ class Browser:
 
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)
-        self.wait_for(f"location.href.startsWith({json.dumps(url)}) && document.readyState === 'complete'")
+        start = url.partition("#")[0]  # what follows is the page's to change
+        self.wait_for(f"location.href.startsWith({json.dumps(start)}) && document.readyState === 'complete'")
 
     def type(self, text: str) -> None:
         self.call("Input.insertText", text=text)
@@ -95,6 +115,14 @@ class Browser:
         facts = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": _CTRL if ctrl else 0}
         self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **facts)
         self.call("Input.dispatchKeyEvent", type="keyUp", **facts)
+
+    def resize(self, width: int, height: int) -> None:
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+
+    def prefer(self, **features: str) -> None:
+        """Sets media features of the person in front, such as prefers_color_scheme="dark"."""
+        listed = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
+        self.call("Emulation.setEmulatedMedia", features=listed)
 
     def controls(self) -> list[tuple[str, str]]:
         """(role, accessible name) of everything that can take the focus, as a screen reader is told."""
