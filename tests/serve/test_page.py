@@ -305,7 +305,7 @@ def test_axe_finds_no_barrier(page: Browser, scheme: str) -> None:
 def test_an_error_names_the_field_and_leads_to_it(page: Browser) -> None:
     page.press("Enter", ctrl=True)
     page.wait_for(PROBLEM)
-    assert "The text is empty." in page.run(PROBLEM)
+    assert "Text: the text is empty" in page.run(PROBLEM)
     page.run("document.querySelector('#lines').click()")
     page.run("document.querySelector('#text').value = 'text\\n'.repeat(129)")
     page.run("document.querySelector('#go').click()")

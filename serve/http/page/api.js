@@ -10,9 +10,9 @@ export const key = {
 
 /** An answer that is an error: application/problem+json, or whatever a proxy or the network made of it. */
 export class Problem extends Error {
-  constructor(status, { title, detail, errors = [], request_id }, retryAfter_s) {
-    super(detail);
-    Object.assign(this, { status, title, errors, request_id, retryAfter_s });
+  constructor(status, body, retryAfter_s) {
+    super(body.detail);
+    Object.assign(this, { status, title: body.title, errors: body.errors ?? [], request_id: body.request_id, body, retryAfter_s });
   }
 }
 
@@ -41,8 +41,8 @@ export async function ask(path, { body, signal } = {}) {
 function problemOf(response, text) {
   const retryAfter_s = Number(response.headers.get("Retry-After")) || undefined;
   const isProblem = response.headers.get("Content-Type")?.startsWith("application/problem+json");
-  const words = isProblem ? JSON.parse(text) : { title: `Error ${response.status}`, detail: "Something before the server answered." };
-  return new Problem(response.status, words, retryAfter_s);
+  const body = isProblem ? JSON.parse(text) : { title: `Error ${response.status}`, detail: "Something before the server answered." };
+  return new Problem(response.status, body, retryAfter_s);
 }
 
 function stages(header) {

@@ -66,11 +66,11 @@ async function predict() {
     showPredictions(answer.predictions, asked, body.scores);
     showTimes(server_ms, elapsed_ms);
     showExchange(body, answer, Boolean(key.get()));
-    for (const part of ANSWER) part.hidden = false;
     say(summary(answer.predictions));
     if (answer.model_version !== model.model_version) await describe(signal); // the server has another model by now
   } catch (error) {
     show(error, predict);
+    if (error.request_id) showExchange(body, error.body, Boolean(key.get()));
   }
   if (!signal.aborted) busy(false);
 }
@@ -90,7 +90,7 @@ function show(problem, again) {
   if (problem.status === 401) return askForKey(problem);
   const wait_s = again && problem.retryAfter_s && Math.max(problem.retryAfter_s, Math.min(LONGEST_WAIT_S, 2 ** failures++));
   if (wait_s) asksAgain = setTimeout(again, 1000 * wait_s);
-  else for (const part of ANSWER) part.hidden = true;
+  for (const part of ANSWER) part.hidden = true;
   showProblem(problem, wait_s);
 }
 

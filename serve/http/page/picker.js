@@ -46,7 +46,7 @@ export class LabelPicker {
 
   async lookUpNames() {
     for (const id of this.ids) {
-      const [label] = await this.#ask(`ids=${encodeURIComponent(id)}`, () => {});
+      const label = await this.#byId(id, () => {});
       if (label && this.#chosen.has(id)) this.#chosen.set(id, label.name);
     }
     this.#show();
@@ -76,6 +76,11 @@ export class LabelPicker {
       if (error.name !== "AbortError") failed(error);
       return [];
     }
+  }
+
+  async #byId(id, failed) {
+    const labels = await this.#ask(`ids=${encodeURIComponent(id)}`, failed);
+    return labels.find((label) => label.id === id); // a comma in it would have asked for several
   }
 
   async #lookUp(query) {
@@ -139,7 +144,7 @@ export class LabelPicker {
     if (this.#active >= 0) return this.#choose(this.#found[this.#active]);
     const id = this.#typed;
     if (!id) return;
-    const [label] = await this.#ask(`ids=${encodeURIComponent(id)}`, (error) => {
+    const label = await this.#byId(id, (error) => {
       if (error.status === 404) this.#note("No label has this id.");
       else this.#failed(error);
     });

@@ -40,7 +40,7 @@ export function showProblem(problem, again_s) {
 
 function fault({ pointer, detail }) {
   const field = FIELDS.find(([start]) => pointer === start || pointer.startsWith(`${start}/`));
-  if (!field) return make("li", {}, make("code", {}, pointer), " ", detail);
+  if (!field) return make("li", {}, make("code", {}, pointer), `: ${detail}`);
   const [start, id, words] = field;
   const item = pointer.slice(start.length + 1); // its number, of texts or labels
   at(id).setAttribute("aria-invalid", "true");
@@ -50,5 +50,5 @@ function fault({ pointer, detail }) {
     if (folded) folded.open = true;
     at(id).focus();
   });
-  return make("li", {}, link, ` ${sentence(detail)} `, make("code", {}, pointer));
+  return make("li", {}, link, `: ${detail} `, make("code", {}, pointer));
 }

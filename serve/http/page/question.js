@@ -2,6 +2,7 @@
 
 import { at } from "./dom.js";
 
+const usualTopK = () => Math.min(10, at("top_k").max); // fewer, if the model has no more
 const scores = () => document.querySelector("[name=scores]:checked").value;
 
 export function texts() {
@@ -21,7 +22,8 @@ export function request(allow, deny) {
 
 /** How many settings in the folded part differ from what they are at first. */
 export function changedOptions(allow, deny) {
-  return [at("top_k").valueAsNumber !== 10, at("min_score").value, scores() === "logit", allow.ids.length, deny.ids.length].filter(Boolean).length;
+  const changed = [at("top_k").valueAsNumber !== usualTopK(), at("min_score").value, scores() === "logit", allow.ids.length, deny.ids.length];
+  return changed.filter(Boolean).length;
 }
 
 /** After a change of the unit: the lowest score that leaves out the same labels. */
@@ -39,7 +41,7 @@ export function toAddress(allow, deny) {
   const pairs = [
     ["text", at("text").value],
     ["lines", at("lines").checked ? "1" : ""],
-    ["top_k", at("top_k").value === "10" ? "" : at("top_k").value],
+    ["top_k", at("top_k").valueAsNumber === usualTopK() ? "" : at("top_k").value],
     ["scores", scores() === "logit" ? "logit" : ""],
     ["min_score", at("min_score").value],
     ...allow.ids.map((id) => ["allow", id]),

@@ -21,6 +21,7 @@ export function showPredictions(predictions, texts, scores) {
       return article;
     }),
   );
+  at("result").hidden = false;
 }
 
 function row({ id, name, score }, scores) {
@@ -56,6 +57,7 @@ export function showTimes(server_ms, elapsed_ms) {
     return timeRow(words, part, ms);
   });
   at("times").replaceChildren(...rows, timeRow("Total", "", all));
+  at("timing").hidden = false;
 }
 
 function timeRow(words, part, ms) {
@@ -75,6 +77,7 @@ export function showExchange(body, answer, withKey) {
   at("curl").textContent = lines.join(" \\\n  ");
   at("request").textContent = JSON.stringify(body, null, 2);
   at("response").textContent = JSON.stringify(answer, null, 2);
+  at("exchange").hidden = false;
 }
 
 /** What /info says of the model. */
