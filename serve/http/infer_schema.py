@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve.answers import Scores
+from serve.http.schema import Count, Size
 from serve.http.tensors import Datatype
 
 
@@ -15,23 +16,21 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    top_k: int = Field(default=10, ge=1, strict=True)
+    top_k: Count = 10
     scores: Scores = "probability"
     truncate: bool = Field(default=True, strict=True)
-    timeout_ms: int | None = Field(default=None, ge=1, strict=True)
-    timeout: int | None = Field(
-        default=None, ge=0, strict=True, description="Microseconds, as Triton's clients have it; 0 for none."
-    )
+    timeout_ms: Count | None = None
+    timeout: Size | None = Field(default=None, description="Microseconds, as Triton's clients have it; 0 for none.")
     binary_data_output: bool = Field(default=False, strict=True, description="Give all outputs in binary.")
 
 
 class InputParameters(BaseModel):
-    binary_data_size: int | None = Field(default=None, ge=0, strict=True, description="Bytes of the tensor behind the JSON.")
+    binary_data_size: Size | None = Field(default=None, description="Bytes of the tensor behind the JSON.")
 
 
 class InputTensor(BaseModel):
     name: Literal["text"]
-    shape: list[Annotated[int, Field(ge=1, strict=True)]] = Field(min_length=1, max_length=2, description="[N] or [N, 1]")
+    shape: list[Count] = Field(min_length=1, max_length=2, description="[N] or [N, 1]")
     datatype: Literal["BYTES"]
     parameters: InputParameters = InputParameters()
     data: list[str | list[str]] | None = Field(default=None, description="Flat or nested. Absent when it is binary.")
@@ -48,6 +47,14 @@ class RequestedOutput(BaseModel):
 
 class InferRequest(BaseModel):
     """Texts as a tensor."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["sort an array along an axis"]}]}
+            ]
+        }
+    )
 
     id: str | None = Field(default=None, description="Comes back in the response.")
     parameters: Parameters = Parameters()

@@ -120,6 +120,10 @@ _INFER_RESPONSES = responses(
     s422="A field is missing, unknown or out of bounds; a text is empty; a tensor is not of its shape.",
     **REFUSALS,
 )
+_INFER_RESPONSES[200] = {
+    "description": "In JSON, or with tensors in binary behind it.",
+    "content": {"application/octet-stream": {}},
+}
 _INFER_BODY = {
     "requestBody": {
         "required": True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, Tag
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag
 from pydantic_core import PydanticCustomError
 
 
@@ -26,6 +26,10 @@ def _check_text(text: str) -> str:
 
 
 _Text = Annotated[str, AfterValidator(_check_text), Field(json_schema_extra={"minLength": 1, "pattern": r"\S"})]
+# In JSON 5.0 is a whole number too; "5" and true are none.
+_whole = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
+Count = Annotated[int, Field(strict=True, ge=1), _whole]
+Size = Annotated[int, Field(strict=True, ge=0), _whole]
 # Only the form that was meant is checked, so that an error speaks of that one.
 _Inputs = Annotated[
     Annotated[_Text, Tag("text")] | Annotated[list[_Text], Field(min_length=1), Tag("texts")],
@@ -41,7 +45,7 @@ class PredictRequest(BaseModel):
     )
 
     inputs: _Inputs = Field(description="One text or a list of texts, none empty.")
-    top_k: int = Field(10, ge=1, strict=True, description="Labels per text, best first.")
+    top_k: Count = Field(10, description="Labels per text, best first.")
     min_score: FiniteFloat | None = Field(None, strict=True, description="Leave out labels with less, in the unit of `scores`.")
     scores: Literal["probability", "logit"] = Field(
         "probability", description="The head's own score (logit) or its sigmoid; the order is the same."
@@ -50,9 +54,7 @@ class PredictRequest(BaseModel):
     truncate: bool = Field(
         True, strict=True, description="Cut texts to the model's length. If false, a longer one is an error."
     )
-    timeout_ms: int | None = Field(
-        None, ge=1, strict=True, description="Give up after this time; the server's own limit holds."
-    )
+    timeout_ms: Count | None = Field(None, description="Give up after this time; the server's own limit holds.")
 
 
 class LabelScore(BaseModel):
