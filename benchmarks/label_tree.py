@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from benchmarks import measure
-from train.trainer import peak_memory_mb
+from train.stages import peak_memory_mb
 from train.tree import similarity_order
 
 

@@ -10,19 +10,24 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from torch import Tensor
 
-from models import kernels
 from models.head import Block, Head
 from models.kernels import Loss, Optimizer, Positives, rounding_key
 from train import tree
+from train.compute import Compute
 
 _KEY = 1 << 32  # no block of a head has this number
 
 
 class Auxiliary:
-    """A meta-class is a run of groups of `head`: with similarity grouping, a node of the label tree."""
+    """A meta-class is a run of groups of `head`: with similarity grouping, a node of the label tree.
 
-    def __init__(self, head: Head, classes: int, weight: float, until: int, seed: int) -> None:
+    classes         the classifier as it begins, a head over the meta-classes
+    block, moments  its block and the optimizer's moments, where `compute` has them
+    """
+
+    def __init__(self, compute: Compute, head: Head, classes: int, weight: float, until: int, seed: int) -> None:
         """About `classes` meta-classes; `weight` falls to zero at step `until` (counted from 0), as half a cosine."""
         self._class_of, count = meta_classes(head, classes)
         self._peak = weight
@@ -30,25 +35,27 @@ class Auxiliary:
         self._seed = seed
         rng = np.random.default_rng([seed, _KEY])
         names = np.arange(count, dtype=np.int32)
-        self.block = Block.random(names, width=head.width, connectivity="dense", fan_in=head.width, rng=rng)
-        self._classes = Head(head.width, count, (self.block,))
-        self._located = self._classes.slots()
-        self.moments = Optimizer("adam").moments(self.block)
+        block = Block.random(names, width=head.width, connectivity="dense", fan_in=head.width, rng=rng)
+        self._compute = compute
+        self.classes = Head(head.width, count, (block,))
+        self._located = self.classes.slots()
+        (self.block,) = compute.place(self.classes).blocks
+        self.moments = compute.moments(Optimizer("adam"), self.block)
 
     def weight(self, step: int) -> float:
         """The weight of the objective in step `step`, from 0."""
         return self._peak * (1 + math.cos(math.pi * step / self._until)) / 2 if step < self._until else 0.0
 
-    def step(self, x: np.ndarray, labels: Sequence[np.ndarray], step: int, lr: float, loss: Loss) -> tuple[float, np.ndarray]:
-        """Trains the classifier on x fp32 [B, D] with each row's labels: returns the weighted loss and ∂/∂x fp32 [B, D]."""
+    def step(self, x: Tensor, labels: Sequence[np.ndarray], step: int, lr: float, loss: Loss) -> tuple[Tensor, Tensor]:
+        """Trains the classifier on x fp32 [B, D] with each row's labels: the weighted loss fp64 [] and its ∂/∂x fp32 [B, D]."""
         weight = self.weight(step)
         classes = [self._class_of[row] for row in labels]
-        (positives,) = Positives.of_batch(classes, self._located, self._classes)
-        total, grad_x = kernels.train_step(
+        (positives,) = Positives.of_batch(classes, self._located, self.classes)
+        total, grad_x = self._compute.step(
             x, positives, self.block, self.moments, loss=loss, optimizer=Optimizer("adam", lr=lr), step=step + 1,
             key=rounding_key(self._seed, step, _KEY),
         )  # fmt: skip
-        return weight * total, np.float32(weight) * grad_x
+        return weight * total, weight * grad_x
 
 
 def meta_classes(head: Head, classes: int) -> tuple[np.ndarray, int]:

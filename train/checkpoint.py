@@ -22,8 +22,9 @@ from models.head import Head
 from train.files import atomic_folder, remove_folder, remove_leftovers, write_text
 from train.head import HeadTraining
 from train.optimization import state_tensors
+from train.randomness import random_state, set_random_state
 
-_RNG = "torch.rng"
+_RNG, _DEVICE_RNG = "torch.rng", "cuda.rng"
 
 
 class CheckpointError(ValueError):
@@ -92,18 +93,25 @@ def load_model(checkpoint: Path) -> tuple[Encoder, Head, Progress]:
 
 
 def restore(state: State, checkpoint: Path) -> None:
-    """Sets optimizers, their moments and torch's random state to those of the checkpoint; CheckpointError names a bad file."""
+    """Sets optimizers, their moments and torch's random state to those of the checkpoint; CheckpointError names a bad file.
+
+    The checkpoint may come from another kind of device: then what only this one has, the state of its dropout, stays as it is.
+    """
     path = checkpoint / "trainer.safetensors"
     try:
         stored = load_file(path)
     except Exception as error:  # safetensors raises its own type for a damaged file
         raise CheckpointError(f"{path}: {error}") from error
+    device, device_state = state.encoder.device, stored.pop(_DEVICE_RNG, None)
     current = _tensors(state)
+    current.pop(_DEVICE_RNG, None)
     if current.keys() != stored.keys() or any(current[name].shape != stored[name].shape for name in current):
         raise CheckpointError(f"{path}: does not fit the encoder and head beside it")
     for name, tensor in current.items():
         tensor.copy_(stored[name])
     torch.set_rng_state(stored[_RNG])
+    if device.type == "cuda" and device_state is not None:
+        set_random_state(device, device_state)
 
 
 def _step(checkpoint: Path) -> int:
@@ -116,6 +124,8 @@ def _write_progress(progress: Progress, folder: Path) -> None:
 
 def _tensors(state: State) -> dict[str, Tensor]:
     tensors = {_RNG: torch.get_rng_state()} | state.training.tensors()
+    if state.encoder.device.type == "cuda":
+        tensors[_DEVICE_RNG] = random_state(state.encoder.device)
     if state.optimizer is not None:
         memory = state_tensors(state.optimizer, state.encoder)
         tensors |= {f"encoder.{name}": tensor for name, tensor in memory.items()}

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from models import kernels
 from models.encoder import Encoder
-from models.head import Head
 from train.batches import batches_by_length
 from train.inputs import Inputs
 from train.interrupt import Interrupt
 from train.metrics import RANKED, Meter
 
+TopK = Callable[[Tensor, int], np.ndarray]
 _TEXTS_AT_ONCE = 128
 
 
 def evaluate(
-    encoder: Encoder, head: Head, inputs: Inputs, meter: Meter, *, limit: int, name: str, interrupt: Interrupt
+    encoder: Encoder, topk: TopK, inputs: Inputs, meter: Meter, *, limit: int, name: str, interrupt: Interrupt
 ) -> None:
     """Shows `meter` the exact top 10 of `limit` of the texts that have labels (0 for all).
 
+    `topk` gives the k best labels int32 [B, k] of head inputs fp32 [B, D], as train.head.HeadTraining.topk does.
     Raises StoppedError on a signal, and FloatingPointError when embeddings or scores are not finite.
     """
     labelled = np.flatnonzero(np.diff(inputs.split.label_starts))
@@ -37,7 +38,7 @@ def evaluate(
             rows = chosen[places]
             filtered = inputs.split.filtered_of(rows)
             try:
-                _, ranked = kernels.topk(inputs.embed(rows).numpy(), head, RANKED + max(len(labels) for labels in filtered))
+                ranked = topk(inputs.embed(rows), RANKED + max(len(labels) for labels in filtered))
             except (ValueError, OverflowError) as error:
                 raise FloatingPointError(str(error)) from error
             meter.update(without(ranked, filtered), inputs.split.labels_of(rows))

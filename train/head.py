@@ -10,39 +10,51 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import kernels
-from models.head import Head
+from models.head import Head, HeadError
 from models.kernels import Optimizer, Positives, rounding_key
 from train.auxiliary import Auxiliary
-from train.rewiring import Batch, Rewiring, Schedule
+from train.compute import Compute
+from train.connections import Batch
+from train.rewiring import Rewiring, Schedule
 from train.settings import Settings
 
 
 class HeadTraining:
-    """Trains `head` in place over `steps` steps. `moments` are the optimizer's, for each block."""
+    """Trains a head over `steps` steps where `compute` puts it. `moments` are the optimizer's, for each block."""
 
-    def __init__(self, head: Head, settings: Settings, steps: int, positive_weights: np.ndarray | None) -> None:
-        """`positive_weights` fp32 [L] weigh each label's positives, None: all 1."""
-        self.head = head
+    def __init__(
+        self, head: Head, settings: Settings, steps: int, positive_weights: np.ndarray | None, compute: Compute
+    ) -> None:
+        """`positive_weights` fp32 [L] weigh each label's positives, None: all 1. HeadError when a batch does not fit."""
+        self._head = head
         self._settings = settings
         self._positive_weights = positive_weights
+        self._compute = compute
         self._located = head.slots()
         self._optimizer = Optimizer(settings.head_optimizer, weight_decay=settings.head_weight_decay)
-        self.moments = [self._optimizer.moments(block) for block in head.blocks]
+        self._placed = compute.place(head)
+        self.moments = [compute.moments(self._optimizer, block) for block in self._placed.blocks]
         self._auxiliary = self._new_auxiliary(steps)
         self._rewiring = self._new_rewiring(steps)
+        self._check_sizes()
 
-    def step(self, x: np.ndarray, labels: Sequence[np.ndarray], step: int, scale: float) -> tuple[float, np.ndarray]:
+    @property
+    def head(self) -> Head:
+        """The head as it is now, in host memory."""
+        self._compute.store(self._placed, self._head)
+        return self._head
+
+    def step(self, x: Tensor, labels: Sequence[np.ndarray], step: int, scale: float) -> tuple[Tensor, Tensor]:
         """Step `step` (from 0) on x fp32 [B, D], each row's labels, at `scale` times the learning rate.
 
-        Returns the loss, summed over labels and averaged over rows, and ∂loss/∂x fp32 [B, D].
+        Returns the loss fp64 [], summed over labels and averaged over rows, and ∂loss/∂x fp32 [B, D], where x is.
         """
-        settings, head = self._settings, self.head
-        positives = Positives.of_batch(labels, self._located, head, self._positive_weights)
+        settings = self._settings
+        positives = Positives.of_batch(labels, self._located, self._head, self._positive_weights)
         lr = scale * settings.head_lr
-        loss, grad_x = 0.0, np.zeros_like(x)
-        for i, block in enumerate(head.blocks):
-            block_loss, block_grad = kernels.train_step(
+        loss, grad_x = torch.zeros((), dtype=torch.float64, device=x.device), torch.zeros_like(x)
+        for i, block in enumerate(self._placed.blocks):
+            block_loss, block_grad = self._compute.step(
                 x, positives[i], block, self.moments[i], loss=settings.loss, smoothing=settings.label_smoothing,
                 optimizer=replace(self._optimizer, lr=lr), step=step + 1, key=rounding_key(settings.seed, step, i),
             )  # fmt: skip
@@ -54,17 +66,21 @@ class HeadTraining:
             grad_x += more_grad
         return loss, grad_x
 
-    def rewire(self, x: np.ndarray, labels: Sequence[np.ndarray], step: int) -> list[dict[str, Any]]:
+    def topk(self, x: Tensor, k: int) -> np.ndarray:
+        """The k best labels int32 [B, k] of x fp32 [B, D]; ValueError or OverflowError when numbers are not finite."""
+        return self._compute.topk(x, self._placed, k)
+
+    def rewire(self, x: Tensor, labels: Sequence[np.ndarray], step: int) -> list[dict[str, Any]]:
         """Rewires if step `step` (from 0) is due, before it is taken; returns what happened, a dict per block."""
         if self._rewiring is None or not self._rewiring.due(step):
             return []
-        positives = Positives.of_batch(labels, self._located, self.head, self._positive_weights)
+        positives = Positives.of_batch(labels, self._located, self._head, self._positive_weights)
         batch = Batch(x, positives, self._settings.loss, self._settings.label_smoothing)
         return self._rewiring.rewire(step, batch)
 
     def tensors(self) -> dict[str, Tensor]:
         """All memory beside the head's own that training goes on from, by name. It is this object's, not a copy."""
-        arrays: dict[str, np.ndarray] = {}
+        arrays: dict[str, np.ndarray | Tensor] = {}
         moments = {str(i): each for i, each in enumerate(self.moments)}
         if self._auxiliary:
             moments["auxiliary"] = self._auxiliary.moments
@@ -74,14 +90,24 @@ class HeadTraining:
         for name, block in moments.items():
             for kind in ("values", "bias"):
                 arrays |= {f"head.{name}.{kind}.{n}": array for n, array in enumerate(getattr(block, kind))}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return {name: torch.from_numpy(each) if isinstance(each, np.ndarray) else each for name, each in arrays.items()}
+
+    def _check_sizes(self) -> None:
+        blocks = {f"block {i}": block for i, block in enumerate(self._head.blocks)}
+        if self._auxiliary:
+            blocks["the auxiliary objective"] = self._auxiliary.classes.blocks[0]
+        for name, block in blocks.items():
+            try:
+                self._compute.check(block, self._settings.batch_size)
+            except ValueError as error:
+                raise HeadError(f"{name}: {error}; see --batch-size and --fan-in") from None
 
     def _new_auxiliary(self, steps: int) -> Auxiliary | None:
         settings = self._settings
         until = round(settings.auxiliary_until * steps)
         if not (settings.auxiliary and until):
             return None
-        return Auxiliary(self.head, settings.meta_classes, settings.auxiliary, until, settings.seed)
+        return Auxiliary(self._compute, self._head, settings.meta_classes, settings.auxiliary, until, settings.seed)
 
     def _new_rewiring(self, steps: int) -> Rewiring | None:
         settings = self._settings
@@ -89,4 +115,5 @@ class HeadTraining:
             return None
         until = round(settings.rewire_until * steps)
         schedule = Schedule(settings.rewire_every, until, settings.rewire_share, settings.rewire_below)
-        return Rewiring(self.head, self.moments, schedule, settings.rewire, settings.new_weights == "random", settings.seed)
+        at_random = settings.new_weights == "random"
+        return Rewiring(self._compute, self._placed.blocks, self.moments, schedule, settings.rewire, at_random, settings.seed)

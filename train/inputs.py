@@ -40,7 +40,7 @@ class TextInputs:
         self._encoder = encoder
 
     def embed(self, rows: np.ndarray) -> Tensor:
-        return self._encoder(*self.split.padded(rows, self._encoder.pad_id))
+        return self._encoder(*_there(self._encoder, *self.split.padded(rows, self._encoder.pad_id)))
 
 
 class PooledInputs:
@@ -54,7 +54,7 @@ class PooledInputs:
         self._pooled = pooled_embeddings(encoder, split, cache, name)
 
     def embed(self, rows: np.ndarray) -> Tensor:
-        return self._encoder.project(torch.tensor(self._pooled[rows]))
+        return self._encoder.project(*_there(self._encoder, torch.tensor(self._pooled[rows])))
 
 
 def pooled_embeddings(encoder: Encoder, split: Split, cache: Path, name: str) -> np.memmap:
@@ -74,15 +74,23 @@ def embed_texts(encoder: Encoder, split: Split, out: np.ndarray, name: str) -> N
     encoder.eval()
     with torch.inference_mode(), tqdm(total=len(split), desc=f"embedding {name}", unit=" texts", disable=None) as bar:
         for rows in batches_by_length(split.lengths, _TEXTS_AT_ONCE):
-            out[rows] = encoder.pooled(*split.padded(rows, encoder.pad_id)).numpy()
+            out[rows] = encoder.pooled(*_there(encoder, *split.padded(rows, encoder.pad_id))).numpy(force=True)
             bar.update(len(rows))
 
 
+def _there(encoder: Encoder, *tensors: Tensor) -> list[Tensor]:
+    """The tensors where the encoder is. On the way to a GPU they pass through pinned memory, so that the host does not wait."""
+    device = encoder.device
+    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors] if device.type == "cuda" else [*tensors]
+
+
 def _fingerprint(encoder: Encoder) -> str:
-    """A hash of all that decides pooled embeddings: the weights before the intermediate layer, and the pooling."""
+    """A hash of all that decides pooled embeddings: the weights before the intermediate layer, the pooling, the device."""
     digest = hashlib.sha256(encoder.config.pooling.encode())
+    if encoder.device.type != "cpu":  # last bits differ
+        digest.update(encoder.device.type.encode())
     for name, tensor in encoder.state_dict().items():
         if not name.startswith(INTERMEDIATE):
             digest.update(name.encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy())  # bytes: numpy has no bf16
+            digest.update(tensor.flatten().view(torch.uint8).numpy(force=True))  # bytes: numpy has no bf16
     return digest.hexdigest()[:16]

@@ -98,20 +98,18 @@ def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
                 value.zero_()
 
 
-def step(optimizer: torch.optim.Optimizer, scale: float, clip_norm: float) -> bool:
-    """One step at `scale` times the peak learning rates, on gradients clipped to `clip_norm` (0: as they are).
-
-    The gradients are used up. False, and nothing is changed, when they are not finite.
-    """
+def clip(optimizer: torch.optim.Optimizer, clip_norm: float) -> Tensor:
+    """Scales the gradients down to `clip_norm` (0: leaves them); returns their norm, which tells whether all are finite."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
-    if not torch.isfinite(norm):
-        return False
+    return torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
+
+
+def step(optimizer: torch.optim.Optimizer, scale: float) -> None:
+    """One step at `scale` times the peak learning rates. The gradients are used up."""
     for group in optimizer.param_groups:
         group["lr"] = scale * group["peak_lr"]
     optimizer.step()
     optimizer.zero_grad()
-    return True
 
 
 def schedule(step: int, steps: int, warmup: float, kind: str) -> float:

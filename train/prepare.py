@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from models.device import DeviceError, cuda_device
 from models.head import Head
 from models.kernels import cpu
 from train import checkpoint
+from train.compute import compute_on
 from train.data import Dataset, Labels
 from train.evaluation import sample
 from train.grouping import new_order
@@ -35,11 +37,12 @@ def prepare(settings: Settings, run: Run) -> Trainer:
 
     Raises DataError, EncoderError, HeadError, CheckpointError, SettingsError; nothing is lost then.
     """
+    device = _device(settings.device)
     threads = settings.threads or cpu.default_threads()
     cpu.set_threads(threads)
     torch.set_num_threads(threads)
 
-    stages = Stages()
+    stages = Stages(device)
     with stages("reading"):
         data = Dataset(Path(settings.data), titles_only=settings.titles_only)
         hashes = data.hashes()
@@ -51,7 +54,7 @@ def prepare(settings: Settings, run: Run) -> Trainer:
             encoder, head, progress = new_encoder(settings, data, labels), None, checkpoint.Progress()
         else:
             encoder, head, progress = checkpoint.load_model(folder)
-        encoder.set_dtype(settings.encoder_dtype)
+        encoder.to(device).set_dtype(settings.encoder_dtype)
         if settings.gradient_checkpointing:
             encoder.checkpoint_gradients()
 
@@ -76,7 +79,7 @@ def prepare(settings: Settings, run: Run) -> Trainer:
     weights = inverse_propensities(counts, len(splits["train"]), a=settings.propensity_a, b=settings.propensity_b)
     evaluations = {name: each for name, each in inputs.items() if name != "train"}
     positive_weights = weights.astype(np.float32) if settings.weight_positives else None
-    training = HeadTraining(head, settings, settings.steps(len(splits["train"])), positive_weights)
+    training = HeadTraining(head, settings, settings.steps(len(splits["train"])), positive_weights, compute_on(device))
     trainer = Trainer(
         settings, encoder, training, inputs["train"], evaluations, counts, weights, run.checkpoints, run.log, stages
     )
@@ -85,6 +88,8 @@ def prepare(settings: Settings, run: Run) -> Trainer:
 
     model = _model(head, trainer.moment_bytes)
     print(_shape(model))
+    if device.type == "cuda":
+        print(f"device: {_hardware(device)}")
     run.folder.mkdir(parents=True, exist_ok=True)
     run.write_labels(labels)
     first = next(iter(evaluations))
@@ -96,10 +101,28 @@ def prepare(settings: Settings, run: Run) -> Trainer:
             "data": {"path": str(data.folder.resolve()), "format": data.format, "labels": len(labels), "sha256": hashes}
             | {name: _counts(split) for name, split in splits.items()},
             "model": model | {"embedding_width": encoder.embedding_width},
+            "device": _hardware(device),
             "versions": _versions(),
         }
     )
     return trainer
+
+
+def _device(name: str) -> torch.device:
+    """The device that --device means."""
+    try:
+        return torch.device("cpu") if name == "cpu" else cuda_device("cuda")
+    except DeviceError as error:
+        if name == "auto":
+            return torch.device("cpu")
+        raise SettingsError(f"--device {error}") from None
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "cpu"
+    facts = torch.cuda.get_device_properties(device)
+    return f"{facts.name}, {facts.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
 
 
 def _check_unchanged(run: Run, hashes: dict[str, str]) -> None:

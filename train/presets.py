@@ -49,6 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Ours, between the published settings; not measured yet.
     "gpu": {
+        "device": "cuda",
         "encoder": "bert-base-uncased", "encoder_dtype": "bf16-mixed", "max_length": 128, "intermediate": 0, "batch_size": 128,
         "encoder_lr": 5e-5, "head_lr": 1e-3, "schedule": "cosine", "dropout": 0.3, "fan_in": 128, "dense_labels": 0.02,
         "auxiliary": 0.4, "auxiliary_until": 0.15, "rewire_every": 1000, "rewire_share": 0.25, "epochs": 20,

@@ -1,8 +1,8 @@
 """Rewiring: while training, each label's (or group's) weakest connections give way to inputs it does not read yet.
 
 Sparse evolutionary training (Mocanu et al. 2018) grows new connections at random, RigL (Evci et al. 2020) where the loss
-gradient is largest. In a shared block a connection belongs to the group: its strength is the mean |w| over the group's
-labels, its gradient the mean |∂loss/∂w|. Dense blocks have nothing to rewire.
+gradient is largest. What a connection's strength and gradient are is told in train/connections.py. Dense blocks have nothing to
+rewire.
 
 Every draw comes from (seed, step, block) alone, so a resumed run rewires as the run that was not stopped.
 """
@@ -10,16 +10,15 @@ Every draw comes from (seed, step, block) alone, so a resumed run rewires as the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from models import dtypes, kernels
-from models.head import Block, Head, random_indices
-from models.kernels import Loss, Moments, Positives
-from models.kernels.reference import loss_and_gradient
+from models.head import random_indices
+from train.compute import Compute
+from train.connections import Batch, Lists
 
 Growth = Literal["random", "gradient"]
 _ELEMENTS = 1 << 22  # numbers looked at together, so that memory does not grow with the labels
@@ -46,29 +45,31 @@ class Schedule:
         return (1 + math.cos(math.pi * step / self.until)) / 2
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """What growth by gradient looks at: inputs fp32 [B, D], the positives of each block, and the loss."""
-
-    x: np.ndarray
-    positives: list[Positives]
-    loss: Loss
-    smoothing: float
-
-
 class Rewiring:
-    """Rewires the blocks of a head in place, with the moments of their optimizer."""
+    """Rewires blocks in place, with the moments of their optimizer; `compute` says where they lie.
+
+    first  the first connections of some groups of each block that can be rewired, by the block's place
+    """
 
     def __init__(
-        self, head: Head, moments: list[Moments], schedule: Schedule, growth: Growth, random_weights: bool, seed: int
+        self,
+        compute: Compute,
+        blocks: Sequence[Any],
+        moments: Sequence[Any],
+        schedule: Schedule,
+        growth: Growth,
+        random_weights: bool,
+        seed: int,
     ) -> None:
-        self._head = head
+        self._compute = compute
+        self._blocks = blocks
         self._moments = moments
         self._schedule = schedule
         self._growth = growth
         self._random_weights = random_weights
         self._seed = seed
-        self.first = {i: block.indices[_watched(block)] for i, block in enumerate(head.blocks) if block.indices is not None}
+        every = (compute.indices(block) for block in blocks)
+        self.first = {i: indices[_watched(indices)] for i, indices in enumerate(every) if indices is not None}
 
     def due(self, step: int) -> bool:
         """Whether to call `rewire` before step `step` (from 0)."""
@@ -82,28 +83,29 @@ class Rewiring:
         """
         rows = []
         for i, first in self.first.items():
-            block = self._head.blocks[i]
-            assert block.indices is not None
-            moved = self._rewire_block(i, block, step, batch)
-            usage = np.bincount(block.indices.reshape(-1), minlength=block.width)
+            moved = self._rewire_block(i, step, batch)
+            indices = self._compute.indices(self._blocks[i])
+            assert indices is not None
+            usage = np.bincount(indices.reshape(-1), minlength=self._blocks[i].width)
             rows.append(
                 {
                     "block": i,
                     "moved": moved,
-                    "connections": block.indices.size,
-                    "survival": _overlap(first, block.indices[_watched(block)]),
+                    "connections": indices.size,
+                    "survival": _overlap(first, indices[_watched(indices)]),
                     "input_usage": np.quantile(usage, (0, 0.25, 0.5, 0.75, 1)).tolist(),
                 }
             )
         return rows
 
-    def _rewire_block(self, i: int, block: Block, step: int, batch: Batch) -> int:
+    def _rewire_block(self, i: int, step: int, batch: Batch) -> int:
+        block = self._blocks[i]
         rng = np.random.default_rng([self._seed, step, i])
         decay, moved = self._schedule.decay(step), 0
         # Growth by gradient looks at every input of every label, growth at random at the labels' connections.
         row = block.group_size * (max(block.width, len(batch.x)) if self._growth == "gradient" else block.fan_in)
         for part in _parts(block.groups, max(1, _ELEMENTS // row)):
-            lists = _Lists(block, part)
+            lists = self._compute.lists(block, self._moments[i], part)
             prune = self._weakest(lists, decay)
             counts = prune.sum(axis=1)
             if not counts.any():
@@ -112,11 +114,11 @@ class Rewiring:
                 grown = _largest(lists.gradient(batch, batch.positives[i]), lists.indices, int(counts.max()))
             else:
                 grown = _unused(lists.indices, int(counts.max()), block.width, rng)
-            lists.replace(prune, grown, self._moments[i], rng if self._random_weights else None)
+            lists.replace(prune, grown, rng if self._random_weights else None)
             moved += int(counts.sum())
         return moved
 
-    def _weakest(self, lists: _Lists, decay: float) -> np.ndarray:
+    def _weakest(self, lists: Lists, decay: float) -> np.ndarray:
         """Which connections to prune, bool [R, K]."""
         strength = lists.strength()
         fan_in = strength.shape[1]
@@ -131,89 +133,6 @@ class Rewiring:
             prune &= strength < self._schedule.below * decay
         prune[lists.padding] = False
         return prune
-
-
-class _Lists:
-    """The lists of connections of the groups `part` of a block: one per group (shared) or per label (private).
-
-    indices  uint16 [R, K], a copy
-    padding  bool [R], lists of no label
-    """
-
-    def __init__(self, block: Block, part: slice) -> None:
-        assert block.indices is not None
-        self._block = block
-        self._part = part
-        self._private = block.connectivity == "private"
-        self.width = block.width
-        self.indices = self._rows(block.indices[part])
-        empty = block.label_ids[part] < 0
-        self.padding = empty.reshape(-1) if self._private else empty.all(axis=1)
-
-    def strength(self) -> np.ndarray:
-        """|w| of each connection, fp32 [R, K]: the mean over a group's labels where they share it."""
-        values = np.abs(dtypes.decode(self._block.values[self._part], self._block.dtype, np.float32))  # [n, K, G]
-        if self._private:
-            return self._rows(values)
-        return self._mean(values)
-
-    def gradient(self, batch: Batch, positives: Positives) -> np.ndarray:
-        """|∂loss/∂w| of every input, there or not, fp32 [R, D]: the mean over a group's labels where they share it."""
-        block, part = self._block, self._part
-        piece = block.part(part)
-        z = kernels.scores(batch.x, piece)  # [B, n, G]
-        target, weight = np.zeros_like(z), np.ones_like(z)
-        G = block.group_size
-        here = (positives.slots >= part.start * G) & (positives.slots < part.stop * G)
-        at = positives.rows[here], positives.slots[here] - part.start * G
-        target.reshape(len(z), -1)[at] = 1 - batch.smoothing
-        if positives.weights is not None:
-            weight.reshape(len(z), -1)[at] = positives.weights[here]
-        _, grad = loss_and_gradient(z, target, batch.loss)
-        grad *= weight
-        grad[:, piece.label_ids < 0] = 0
-        every = np.abs(batch.x.T @ grad.reshape(len(z), -1)).reshape(block.width, -1, G)  # [D, n, G]
-        if self._private:
-            return np.ascontiguousarray(every.reshape(block.width, -1).T)
-        return self._mean(every.transpose(1, 0, 2))
-
-    def replace(self, prune: np.ndarray, grown: np.ndarray, moments: Moments, rng: np.random.Generator | None) -> None:
-        """Replaces the connections `prune` bool [R, K] by the first of `grown` uint16 [R, ≥ count]; lists stay ascending.
-
-        New weights are zero, or N(0, 1/K) from `rng`. Their moments start at zero.
-        """
-        block, part = self._block, self._part
-        assert block.indices is not None
-        rank = np.cumsum(prune, axis=1) - 1  # a pruned connection's place among its list's
-        fresh = np.where(prune, np.take_along_axis(grown, np.maximum(rank, 0), axis=1), self.indices)
-        order = np.argsort(fresh, axis=1)
-        block.indices[part] = self._columns(np.take_along_axis(fresh, order, axis=1))
-        order, new = self._columns(order), self._columns(np.take_along_axis(prune, order, axis=1))
-        if not self._private:
-            order, new = order[:, :, None], new[:, :, None]
-        weights: float | np.ndarray = 0.0
-        if rng is not None:
-            weights = rng.standard_normal(block.values[part].shape, dtype=np.float32) * block.fan_in**-0.5
-            weights *= (block.label_ids[part] >= 0)[:, None, :]
-        zeros = dtypes.encode(np.broadcast_to(np.float32(weights), block.values[part].shape), block.dtype)
-        block.values[part] = np.where(new, zeros, np.take_along_axis(block.values[part], order, axis=1))
-        for moment in moments.values:
-            moment[part] = np.where(new, np.float32(0), np.take_along_axis(moment[part], order, axis=1))
-
-    def _mean(self, numbers: np.ndarray) -> np.ndarray:
-        """fp32 [n, …] from [n, …, G], over the labels of each group; padding does not count."""
-        real = (self._block.label_ids[self._part] >= 0).astype(np.float32)
-        return np.einsum("nkg,ng->nk", numbers, real / real.sum(axis=1, keepdims=True).clip(min=1))
-
-    def _rows(self, array: np.ndarray) -> np.ndarray:
-        """[n, K] as it is; [n, K, G] as [n · G, K]."""
-        return array.transpose(0, 2, 1).reshape(-1, array.shape[1]) if self._private else array.copy()
-
-    def _columns(self, array: np.ndarray) -> np.ndarray:
-        """The opposite of `_rows`."""
-        if not self._private:
-            return array
-        return array.reshape(-1, self._block.group_size, array.shape[1]).transpose(0, 2, 1)
 
 
 def _unused(indices: np.ndarray, count: int, width: int, rng: np.random.Generator) -> np.ndarray:
@@ -239,9 +158,10 @@ def _overlap(first: np.ndarray, now: np.ndarray) -> float:
     return float((both[:, 1:] == both[:, :-1]).sum() / first.size)
 
 
-def _watched(block: Block) -> np.ndarray:
+def _watched(indices: np.ndarray) -> np.ndarray:
     """Groups whose first connections are remembered: all, or 4,096 spread evenly."""
-    return np.arange(min(block.groups, _WATCHED)) * block.groups // min(block.groups, _WATCHED)
+    count = min(len(indices), _WATCHED)
+    return np.arange(count) * len(indices) // count
 
 
 def _parts(groups: int, size: int) -> Iterator[slice]:

@@ -113,7 +113,7 @@ class Settings:
         "fp32",
         "number format of the transformer: fp32; bf16-mixed has fp32 weights, and matrix products in bf16 while training; "
         "bf16 has bf16 weights, moments and steps that carry on what rounding took (weight decay is lost). "
-        "For processors with bf16 instructions; others are many times slower with it",
+        "For GPUs, and processors with bf16 instructions; others are many times slower with it",
         choices=("fp32", "bf16-mixed", "bf16"),
     )
     gradient_checkpointing: bool = _encoder(
@@ -221,7 +221,13 @@ class Settings:
     propensity_a: float = _scores(0.55, "A in the propensities of PSP@k (Jain et al. 2016)", _amount, unit="A")
     propensity_b: float = _scores(1.5, "B in the propensities", _amount, unit="B")
 
-    device: Literal["cpu", "cuda"] = _process("cpu", "where to compute", choices=("cpu", "cuda"), free=True)
+    device: Literal["cpu", "cuda", "auto"] = _process(
+        "cpu",
+        "where to compute; cuda is the first GPU of CUDA_VISIBLE_DEVICES, auto that GPU if there is one. There, sums of "
+        "gradients differ in their last bits from run to run",
+        choices=("cpu", "cuda", "auto"),
+        free=True,
+    )
     threads: int = _process(0, "threads to compute with, 0 for as many as the process may use", _whole, free=True)
     checkpoint_every: int = _process(
         0, "steps between checkpoints beside the one after each epoch, 0 for none", _whole, unit="STEPS", free=True
@@ -278,8 +284,6 @@ def resumed(stored: dict[str, Any], given: dict[str, Any]) -> Settings:
 
 
 def _check(settings: Settings) -> None:
-    if settings.device != "cpu":
-        raise SettingsError(f"--device {settings.device}: training on a GPU is not supported yet; use --device cpu")
     if settings.tiers:
         _check_tiers(settings)
     if settings.label_smoothing == 1:

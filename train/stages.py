@@ -6,10 +6,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
+
+import torch
 
 from train.checkpoint import Progress
 from train.runs import Log
@@ -21,16 +23,18 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 class _Stage:
     name: str
     seconds: float = 0.0
-    peak_mb: float = 0.0
+    peaks_mb: dict[str, float] = field(default_factory=dict)
 
 
 class Stages:
     """Measures stages. One may hold another, whose seconds count for the inner one alone.
 
-    Linux tells each stage's own peak of resident memory; elsewhere it is the peak of the process so far.
+    Linux tells each stage's own peak of resident memory; elsewhere it is the peak of the process so far. On a GPU a stage ends
+    when its work is done there, and its rows also have the peak of what torch allocated.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._open: list[_Stage] = []
         self._ended: list[dict[str, Any]] = []
         self._log: Log | None = None
@@ -51,17 +55,30 @@ class Stages:
         finally:
             self._settle()
             stage = self._open.pop()
-            self._ended.append({"stage": stage.name, "seconds": round(stage.seconds, 3), "peak_memory_mb": stage.peak_mb})
+            self._ended.append({"stage": stage.name, "seconds": round(stage.seconds, 3), **stage.peaks_mb})
             self._write()
+
+    def peaks_mb(self) -> dict[str, float]:
+        """The most memory held since the stage began or went on, in MB (10⁶ bytes), by its name in the rows."""
+        peaks = {"peak_memory_mb": peak_memory_mb()}
+        if self._device.type == "cuda":
+            peaks["device_peak_memory_mb"] = round(torch.cuda.max_memory_allocated(self._device) / 1e6, 1)
+        return peaks
 
     def _settle(self) -> None:
         """Gives the innermost open stage what was measured since the last call."""
-        now, peak = time.monotonic(), peak_memory_mb()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.monotonic()
         if self._open:
-            self._open[-1].seconds += now - self._since
-            self._open[-1].peak_mb = max(self._open[-1].peak_mb, peak)
+            stage = self._open[-1]
+            stage.seconds += now - self._since
+            for name, peak in self.peaks_mb().items():
+                stage.peaks_mb[name] = max(stage.peaks_mb.get(name, 0.0), peak)
         self._since = now
         _forget_peak()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
 
     def _write(self) -> None:
         if self._log is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from models.encoder import Encoder
@@ -23,7 +23,8 @@ from train.interrupt import Interrupt
 from train.metrics import Meter
 from train.runs import Log
 from train.settings import Settings
-from train.stages import Stages, peak_memory_mb
+from train.stages import Stages
+from train.watch import NotFiniteError, Watch
 
 _SHOWN = ("P@1", "P@3", "P@5", "PSP@1", "PSP@5", "nDCG@5", "recall@10", "macro-F1@5", "coverage@5")  # after each epoch
 
@@ -35,7 +36,8 @@ class DivergedError(RuntimeError):
 class Trainer:
     """Trains an encoder and a head on `inputs`; `evaluations` are held-out splits by name.
 
-    The first of them is evaluated after each epoch, the others after the last one only.
+    The first of them is evaluated after each epoch, the others after the last one only. On a GPU no step waits for the one
+    before: losses are looked at when they are logged, and before anything is saved.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class Trainer:
     ) -> None:
         self._settings = settings
         self._inputs = inputs
-        self._encoding = Encoding(inputs, settings.micro_batch)
+        self._encoding = Encoding(inputs, settings.micro_batch, encoder.device)
         self._evaluations = evaluations
         self._counts = label_counts
         self._weights = propensity_weights
@@ -62,6 +64,8 @@ class Trainer:
         self._stages = stages
         self._steps = settings.steps(len(inputs.split))
         self._state = State(encoder, training, optimization.adamw(encoder, settings), Progress())
+        self._losses = torch.zeros((), dtype=torch.float64, device=encoder.device)  # their sum since the last log line
+        self._watch = Watch(lazy=encoder.device.type == "cuda")
         self._interrupt = Interrupt()
         self._clock = 0.0
         torch.manual_seed(settings.seed)
@@ -74,6 +78,7 @@ class Trainer:
     def restore(self, folder: Path, progress: Progress) -> None:
         """Goes on from a checkpoint whose encoder and head this trainer was made with. CheckpointError."""
         self._state = replace(self._state, progress=progress)
+        self._losses.fill_(progress.loss_sum)
         checkpoint.restore(self._state, folder)
 
     def run(self) -> None:
@@ -101,9 +106,12 @@ class Trainer:
             for rows in batches[progress.batch :]:
                 loss, scale = self._step(rows)
                 texts += len(rows)
-                bar.set_postfix(loss=f"{loss:.4g}", lr=f"{scale * settings.head_lr:.2g}", refresh=False)
+                log = progress.step % settings.log_every == 0 or progress.batch == len(batches)
+                if log or not loss.is_cuda:
+                    bar.set_postfix(loss=f"{float(loss):.4g}", lr=f"{scale * settings.head_lr:.2g}", refresh=False)
                 bar.update(len(rows))
-                if progress.step % settings.log_every == 0 or progress.batch == len(batches):
+                if log:
+                    self._look()
                     now = time.monotonic()
                     self._log_training(scale, texts / (now - started))
                     started, texts = now, 0
@@ -113,28 +121,42 @@ class Trainer:
                 if settings.checkpoint_every and progress.step % settings.checkpoint_every == 0:
                     self._save()
 
-    def _step(self, rows: np.ndarray) -> tuple[float, float]:
+    def _step(self, rows: np.ndarray) -> tuple[Tensor, float]:
         """One step on the texts `rows`: returns the loss, a sum over labels and mean over texts, and the schedule's factor."""
+        try:
+            return self._take_step(rows)
+        except NotFiniteError as error:
+            raise self._diverged(str(error), error.step) from None
+
+    def _take_step(self, rows: np.ndarray) -> tuple[Tensor, float]:
         settings, state, progress = self._settings, self._state, self._state.progress
         scale = optimization.schedule(progress.step, self._steps, settings.warmup, settings.schedule)
         x = self._encoding.embed(rows)
-        if not np.isfinite(x).all():
-            raise self._diverged("the encoder's output is not finite")
+        self._watch.see("the encoder's output", progress.step, x)
         labels = self._inputs.split.labels_of(rows)
         for row in state.training.rewire(x, labels, progress.step):
             self._log.write({"kind": "rewire", "step": progress.step + 1, "epoch": progress.epoch + 1, **row})
         loss, grad_x = state.training.step(x, labels, progress.step, scale)
-        if not (math.isfinite(loss) and np.isfinite(grad_x).all()):
-            raise self._diverged(f"the loss is {loss}")
+        self._watch.see("the loss", progress.step, loss)
+        self._watch.see("the head's gradient", progress.step, grad_x)
         if state.optimizer is not None:
             self._encoding.backward(grad_x)
-            if not optimization.step(state.optimizer, scale, settings.clip_norm):
-                raise self._diverged("the encoder's gradient is not finite")
+            norm = optimization.clip(state.optimizer, settings.clip_norm)
+            self._watch.see("the encoder's gradient", progress.step, norm)
+            optimization.step(state.optimizer, scale)
+        self._losses += loss
         progress.step += 1
         progress.batch += 1
-        progress.loss_sum += loss
         progress.loss_steps += 1
         return loss, scale
+
+    def _look(self) -> None:
+        """Brings what the device knows of the losses into the progress; DivergedError. Waits for the device."""
+        try:
+            self._watch.check()
+        except NotFiniteError as error:
+            raise self._diverged(str(error), error.step) from None
+        self._state.progress.loss_sum = float(self._losses)
 
     def _evaluate_epoch(self) -> None:
         settings, progress = self._settings, self._state.progress
@@ -161,11 +183,11 @@ class Trainer:
         state, meter = self._state, Meter(self._weights, self._counts)
         try:
             evaluate(
-                state.encoder, state.training.head, self._evaluations[name], meter,
+                state.encoder, state.training.topk, self._evaluations[name], meter,
                 limit=self._settings.limit_eval, name=name, interrupt=self._interrupt,
             )  # fmt: skip
         except FloatingPointError as error:
-            raise self._diverged(str(error)) from error
+            raise self._diverged(str(error), state.progress.step) from error
         return meter
 
     def _log_training(self, scale: float, texts_per_s: float) -> None:
@@ -179,20 +201,22 @@ class Trainer:
                 "encoder_lr": 0.0 if settings.freeze_encoder else scale * settings.encoder_lr,
                 "head_lr": scale * settings.head_lr,
                 "texts_per_s": round(texts_per_s, 1),
-                "peak_memory_mb": peak_memory_mb(),
+                **self._stages.peaks_mb(),
                 "seconds": round(time.monotonic() - self._clock, 3),
             }
         )
         progress.loss_sum, progress.loss_steps = 0.0, 0
+        self._losses.zero_()
 
     def _save(self) -> None:
+        self._look()
         self._state.progress.seconds = time.monotonic() - self._clock
         with self._stages("checkpoint"):
             checkpoint.save(self._state, self._checkpoints, self._settings.keep)
 
-    def _diverged(self, reason: str) -> DivergedError:
-        progress = self._state.progress
+    def _diverged(self, reason: str, step: int) -> DivergedError:
+        """`step` counts from 0."""
         return DivergedError(
-            f"training diverged at step {progress.step + 1} (epoch {progress.epoch + 1}): {reason}. "
+            f"training diverged at step {step + 1} (epoch {self._state.progress.epoch + 1}): {reason}. "
             "Start again with lower learning rates (--head-lr, --encoder-lr, --intermediate-lr) or a lower --clip-norm"
         )

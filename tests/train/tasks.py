@@ -64,7 +64,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Metrics without what a clock or a memory meter says, of which the rows of stages are made."""
-    measured = {"seconds", "texts_per_s", "peak_memory_mb"}
+    measured = {"seconds", "texts_per_s", "peak_memory_mb", "device_peak_memory_mb"}
     return [{key: value for key, value in row.items() if key not in measured} for row in rows if row.get("kind") != "stage"]
 
 

@@ -6,10 +6,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from models.head import Block, Head
 from tests.train.tasks import QUICK, metrics, run
 from train.auxiliary import Auxiliary
+from train.compute import OnCpu
 
 
 def small_head() -> Head:
@@ -22,7 +24,7 @@ def small_head() -> Head:
 
 
 def test_the_weight_falls_to_zero_as_half_a_cosine() -> None:
-    auxiliary = Auxiliary(small_head(), classes=4, weight=0.5, until=100, seed=0)
+    auxiliary = Auxiliary(OnCpu(), small_head(), classes=4, weight=0.5, until=100, seed=0)
     weights = [auxiliary.weight(step) for step in range(120)]
     assert weights[0] == 0.5
     assert weights[50] == pytest.approx(0.25)
@@ -33,19 +35,19 @@ def test_the_weight_falls_to_zero_as_half_a_cosine() -> None:
 def test_it_learns_which_group_of_labels_is_meant_and_tells_the_encoder() -> None:
     """Inputs point to the group of the label. Following the gradient of the inputs lowers the loss of the classifier."""
     rng = np.random.default_rng(1)
-    auxiliary = Auxiliary(small_head(), classes=4, weight=0.5, until=1000, seed=0)
+    auxiliary = Auxiliary(OnCpu(), small_head(), classes=4, weight=0.5, until=1000, seed=0)
     directions = rng.standard_normal((4, 12)).astype(np.float32)
     losses = []
     for step in range(150):
         labels = rng.integers(0, 64, 32)
-        x = directions[labels // 16]
+        x = torch.from_numpy(directions[labels // 16])
         loss, grad_x = auxiliary.step(x, [np.array([label]) for label in labels], step, 0.05, "bce")
         losses.append(loss / auxiliary.weight(step))
     assert losses[-1] < losses[0] / 10
-    x = rng.standard_normal((8, 12)).astype(np.float32)
+    x = torch.from_numpy(rng.standard_normal((8, 12)).astype(np.float32))
     labels = [np.array([i, 63]) for i in range(8)]
     before, grad_x = auxiliary.step(x, labels, 500, 0.0, "bce")
-    assert grad_x.dtype == np.float32
+    assert grad_x.dtype == torch.float32
     after, _ = auxiliary.step(x - 0.1 * grad_x, labels, 500, 0.0, "bce")
     assert after < before
     assert auxiliary.step(x, labels, 0, 0.0, "bce")[0] == pytest.approx(before * auxiliary.weight(0) / auxiliary.weight(500))

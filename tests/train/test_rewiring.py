@@ -7,6 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,9 @@ from models import dtypes
 from models.head import Block, Head
 from models.kernels import Moments, Optimizer, Positives, reference
 from tests.kernels.cases import Shape, random_block, random_positives
-from train.rewiring import Batch, Rewiring, Schedule
+from train.compute import OnCpu
+from train.connections import Batch
+from train.rewiring import Rewiring, Schedule
 
 SHAPE = Shape(6, 40, 90, 8, 16)  # the last of six groups is half empty
 ALWAYS = Schedule(every=1, until=1000, share=0.25, below=0)
@@ -32,7 +35,7 @@ def head_and_moments(connectivity: str, shape: Shape = SHAPE, dtype: str = "fp32
 
 def batch_for(block: Block, seed: int = 3) -> Batch:
     x = np.random.default_rng(seed).standard_normal((SHAPE.B, block.width), dtype=np.float32)
-    return Batch(x, [random_positives(x, block, weighted=True)], "bce", 0.1)
+    return Batch(torch.from_numpy(x), [random_positives(x, block, weighted=True)], "bce", 0.1)
 
 
 def lists(block: Block, array: np.ndarray | None = None) -> np.ndarray:
@@ -64,7 +67,7 @@ def test_the_weakest_give_way_and_all_else_stays(connectivity: str, growth: str,
     block = head.blocks[0]
     before = replace(block, values=block.values.copy(), indices=block.indices.copy())
     old = [array.copy() for array in (dtypes.decode(block.values, dtype), *moments[0].values)]
-    (row,) = Rewiring(head, moments, ALWAYS, growth, False, seed=0).rewire(5, batch_for(block))
+    (row,) = Rewiring(OnCpu(), head.blocks, moments, ALWAYS, growth, False, seed=0).rewire(5, batch_for(block))
     head.validate()
     assert (np.diff(lists(block).astype(int), axis=1) > 0).all(), "ascending"
 
@@ -104,13 +107,13 @@ def test_growth_by_gradient_takes_the_largest(connectivity: str, loss: str) -> N
     optimizer = Optimizer("momentum", lr=0.0)
     probe = optimizer.moments(dense)
     reference.train_step(
-        batch.x, batch.positives[0], dense, probe, loss=loss, smoothing=0.1, optimizer=optimizer, step=1, key=0
+        batch.x.numpy(), batch.positives[0], dense, probe, loss=loss, smoothing=0.1, optimizer=optimizer, step=1, key=0
     )
     gradient = np.abs(probe.values[0].astype(np.float64))  # [N, D, G]
     real = (block.label_ids >= 0)[:, None, :]
     mean = (gradient * real).sum(axis=2) / real.sum(axis=2) if connectivity == "shared" else lists(block, gradient)
     before = lists(block).copy()
-    Rewiring(head, moments, ALWAYS, "gradient", False, seed=0).rewire(5, batch)
+    Rewiring(OnCpu(), head.blocks, moments, ALWAYS, "gradient", False, seed=0).rewire(5, batch)
     grown = 0
     for was, now, scores in zip(before, lists(block), mean, strict=True):
         come = set(now) - set(was)
@@ -126,7 +129,7 @@ def test_random_growth_is_uniform_over_the_unused() -> None:
     head, moments = head_and_moments("shared", shape)
     block = head.blocks[0]
     before = block.indices.copy()
-    Rewiring(head, moments, replace(ALWAYS, share=0.5), "random", False, seed=0).rewire(1, batch_for(block))
+    Rewiring(OnCpu(), head.blocks, moments, replace(ALWAYS, share=0.5), "random", False, seed=0).rewire(1, batch_for(block))
     come, could = np.zeros(12), np.zeros(12)
     for was, now in zip(before, block.indices, strict=True):
         could[np.setdiff1d(np.arange(12), was)] += 1
@@ -140,7 +143,7 @@ def test_a_threshold_prunes_what_is_below_it(connectivity: str) -> None:
     block = head.blocks[0]
     before, strength = lists(block).copy(), strengths(block)
     schedule = Schedule(every=1, until=1000, share=0.25, below=float(2 * np.quantile(strength, 0.3)))
-    Rewiring(head, moments, schedule, "random", False, seed=0).rewire(500, batch_for(block))
+    Rewiring(OnCpu(), head.blocks, moments, schedule, "random", False, seed=0).rewire(500, batch_for(block))
     assert schedule.decay(500) == pytest.approx(0.5)
     gone = np.array([~np.isin(was, now) for was, now in zip(before, lists(block), strict=True)])
     padding = (block.label_ids < 0).reshape(-1) if connectivity == "private" else np.zeros(block.groups, bool)
@@ -159,7 +162,7 @@ def test_no_more_is_pruned_than_can_grow_and_a_label_is_never_cut_off(
     shape = Shape(SHAPE.B, width, 40, fan_in, 16)
     head, moments = head_and_moments(connectivity, shape)
     schedule = Schedule(every=1, until=10, share=1.0, below=0)
-    (row,) = Rewiring(head, moments, schedule, growth, False, seed=0).rewire(1, batch_for(head.blocks[0]))
+    (row,) = Rewiring(OnCpu(), head.blocks, moments, schedule, growth, False, seed=0).rewire(1, batch_for(head.blocks[0]))
     head.validate()
     each = 1 if (width, fan_in) == (9, 8) else 0
     assert row["moved"] == each * (3 if connectivity == "shared" else 40)
@@ -170,7 +173,7 @@ def test_new_weights_may_be_random(connectivity: str) -> None:
     head, moments = head_and_moments(connectivity)
     block = head.blocks[0]
     before = replace(block, values=block.values.copy(), indices=block.indices.copy())
-    Rewiring(head, moments, ALWAYS, "random", True, seed=0).rewire(5, batch_for(block))
+    Rewiring(OnCpu(), head.blocks, moments, ALWAYS, "random", True, seed=0).rewire(5, batch_for(block))
     then = weights_by_connection(before, before.values)
     fresh = {key: number for key, number in weights_by_connection(block, block.values).items() if key not in then}
     real = np.array([number for (n, g, _), number in fresh.items() if block.label_ids[n, g] >= 0])
@@ -184,7 +187,7 @@ def test_the_same_step_rewires_the_same_way(growth: str) -> None:
     results = []
     for seed, step in ((0, 5), (0, 5), (1, 5), (0, 6)):
         head, moments = head_and_moments("private")
-        Rewiring(head, moments, ALWAYS, growth, False, seed).rewire(step, batch_for(head.blocks[0]))
+        Rewiring(OnCpu(), head.blocks, moments, ALWAYS, growth, False, seed).rewire(step, batch_for(head.blocks[0]))
         results.append(head.blocks[0].indices)
     np.testing.assert_array_equal(results[0], results[1])
     if growth == "random":
@@ -198,12 +201,12 @@ def test_survival_falls_from_one_rewiring_to_the_next_and_dense_blocks_are_left_
     head = Head(40, 200, (dense, shared, private))
     moments = [Optimizer("sgd").moments(block) for block in head.blocks]
     frozen = dense.values.copy()
-    rewiring = Rewiring(head, moments, ALWAYS, "random", False, seed=0)
+    rewiring = Rewiring(OnCpu(), head.blocks, moments, ALWAYS, "random", False, seed=0)
     x = np.zeros((1, 40), np.float32)
     nothing = [Positives(np.empty(0, np.int64), np.empty(0, np.int32))] * 3
     survival = []
     for step in range(1, 6):
-        rows = rewiring.rewire(step, Batch(x, nothing, "bce", 0.0))
+        rows = rewiring.rewire(step, Batch(torch.from_numpy(x), nothing, "bce", 0.0))
         assert [row["block"] for row in rows] == [1, 2]
         survival.append([row["survival"] for row in rows])
         for block in (shared, private):  # as training would: new connections are no longer the weakest
@@ -211,7 +214,7 @@ def test_survival_falls_from_one_rewiring_to_the_next_and_dense_blocks_are_left_
     assert (np.array(survival[0]) < 1).all()
     assert (np.array(survival[-1]) < np.array(survival[0]) - 0.2).all()
     np.testing.assert_array_equal(dense.values, frozen)
-    assert not Rewiring(Head(40, 20, (dense,)), moments[:1], ALWAYS, "random", False, 0).due(1)
+    assert not Rewiring(OnCpu(), (dense,), moments[:1], ALWAYS, "random", False, 0).due(1)
 
 
 @given(every=st.integers(1, 50), until=st.integers(1, 500), step=st.integers(0, 600))

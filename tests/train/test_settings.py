@@ -75,7 +75,6 @@ def test_a_bad_flag_is_named(capsys, flags, message):
     ("flags", "message"),
     [
         (["--group-size", "24"], "--group-size 24 is not a multiple of 16"),
-        (["--device", "cuda"], "--device cuda: training on a GPU is not supported yet"),
         (["--tiers", "dense:2%,16:90%"], "--tiers dense:2%,16:90%: the shares add up to 92%, not 100%"),
         (["--tiers", "16:100%", "--fan-in", "16"], "--tiers takes the place of --fan-in; give one of them"),
         (["--tiers", "16:100%", "--dense-labels", "0"], "--tiers takes the place of --dense-labels; give one of them"),

@@ -3,6 +3,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from train.checkpoint import Progress
 from train.runs import Log
@@ -10,7 +11,7 @@ from train.stages import Stages
 
 
 def test_the_seconds_of_an_inner_stage_are_its_own(tmp_path):
-    stages = Stages()
+    stages = Stages(torch.device("cpu"))
     log = Log(tmp_path / "metrics.jsonl")
     with stages("reading"):
         time.sleep(0.01)
@@ -35,7 +36,7 @@ def test_the_seconds_of_an_inner_stage_are_its_own(tmp_path):
 
 
 def test_a_stage_that_fails_is_written(tmp_path):
-    stages, log = Stages(), Log(tmp_path / "metrics.jsonl")
+    stages, log = Stages(torch.device("cpu")), Log(tmp_path / "metrics.jsonl")
     stages.log_to(log, Progress())
     with pytest.raises(OSError, match="disk is full"), stages("training"), stages("checkpoint"):
         raise OSError("disk is full")
@@ -44,7 +45,7 @@ def test_a_stage_that_fails_is_written(tmp_path):
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="here a process has one peak")
 def test_each_stage_has_a_peak_of_its_own(tmp_path):
-    stages, log = Stages(), Log(tmp_path / "metrics.jsonl")
+    stages, log = Stages(torch.device("cpu")), Log(tmp_path / "metrics.jsonl")
     stages.log_to(log, Progress())
     with stages("outer"), stages("large"):
         np.ones(25_000_000)  # 200 MB

@@ -12,9 +12,9 @@ Make it before capturing a CUDA graph.
 from models.kernels.gpu.head import DeviceBlock, DeviceHead, DeviceMoments, DevicePositives
 from models.kernels.gpu.launch import tuning_seconds
 from models.kernels.gpu.ops import grad_input, grad_values, scores, topk
-from models.kernels.gpu.train import train_step
+from models.kernels.gpu.train import check_sizes, train_step
 
 __all__ = [
-    "DeviceBlock", "DeviceHead", "DeviceMoments", "DevicePositives", "grad_input", "grad_values", "scores", "topk",
-    "train_step", "tuning_seconds",
+    "DeviceBlock", "DeviceHead", "DeviceMoments", "DevicePositives", "check_sizes", "grad_input", "grad_values", "scores",
+    "topk", "train_step", "tuning_seconds",
 ]  # fmt: skip

@@ -44,12 +44,14 @@ class DeviceBlock:
         return cls(block.connectivity, block.width, block.dtype, **arrays)
 
     def write_to(self, block: Block) -> None:
-        """Copies values and bias, which training changes, into the block's memory; waits for the device."""
+        """Copies values, bias and indices, which training changes, into the block's memory; waits for the device."""
         if (block.connectivity, block.dtype, block.values.shape) != (self.connectivity, self.dtype, tuple(self.values.shape)):
             raise ValueError("the block is of another kind or shape than the one on the device")
         values = self.values.view(torch.uint16) if self.dtype == "bf16" else self.values
         block.values[...] = values.numpy(force=True)
         block.bias[...] = self.bias.numpy(force=True)
+        if block.indices is not None and self.indices is not None:
+            block.indices[...] = self.indices.numpy(force=True)
 
     @property
     def groups(self) -> int:
@@ -72,9 +74,9 @@ class DeviceBlock:
         exact = {own, torch.float32} | ({torch.float16} if self.dtype in QUANTIZED else set())
         return x if x in exact else own
 
-    def part(self, groups: int) -> DeviceBlock:
-        """The block of its first groups, a view."""
-        return self._each(lambda tensor: tensor[:groups])
+    def part(self, groups: slice) -> DeviceBlock:
+        """The block of these groups alone, a view."""
+        return self._each(lambda tensor: tensor[groups])
 
     def copy(self) -> DeviceBlock:
         """The block with memory of its own."""
@@ -130,9 +132,13 @@ class DeviceMoments:
         """A copy of the moments on `device`."""
         return cls(*(tuple(_tensor(array, device) for array in arrays) for arrays in (moments.values, moments.bias)))
 
-    def part(self, groups: int) -> DeviceMoments:
-        """Those of the first groups, a view."""
-        return DeviceMoments(*(tuple(tensor[:groups] for tensor in tensors) for tensors in (self.values, self.bias)))
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.values + self.bias)
+
+    def part(self, groups: slice) -> DeviceMoments:
+        """Those of these groups, a view."""
+        return DeviceMoments(*(tuple(tensor[groups] for tensor in tensors) for tensors in (self.values, self.bias)))
 
     def copy(self) -> DeviceMoments:
         """The same with memory of their own."""

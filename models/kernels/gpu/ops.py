@@ -82,7 +82,7 @@ def _maxima(x: Tensor, block: DeviceBlock, maxima: Tensor) -> None:
         run(score.tile_maxima, programs, arguments, constants, config)
 
     problem = ("maxima", block.dtype, dtype, *constants.values())
-    launch(choose(x, problem, configs, lambda: lambda config: launch(config, block.part(_SAMPLE))))
+    launch(choose(x, problem, configs, lambda: lambda config: launch(config, block.part(slice(_SAMPLE)))))
 
 
 def _rescore(x: Tensor, block: DeviceBlock, chosen: Tensor, first: int, found: Tensor, labels: Tensor) -> None:

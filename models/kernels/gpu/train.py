@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from models.head import Connectivity
 from models.kernels.gpu import step as kernels
 from models.kernels.gpu.head import DeviceBlock, DeviceMoments, DevicePositives
 from models.kernels.gpu.launch import Config, choose, labels_at_once, power_of_two, run
@@ -75,25 +76,30 @@ def train_step(
         return total / rows, grad_xt[:, : len(x)].t()
 
     def trial() -> Callable[[Config], object]:
-        sample = block.part(_SAMPLE).copy(), moments.part(_SAMPLE).copy()
+        sample = block.part(slice(_SAMPLE)).copy(), moments.part(slice(_SAMPLE)).copy()
         return lambda config: launch(config, *sample)
 
     problem = ("step", block.dtype, dtype, block.connectivity, xt.shape[1], *constants.values())
     return launch(choose(x, problem, configs, trial))
 
 
+def check_sizes(B: int, connectivity: Connectivity, K: int) -> None:
+    """ValueError when neither a batch of B rows nor a fan-in of K fits on the chip, so that `train_step` would refuse them."""
+    if connectivity == "private" and K > _LONG:
+        raise ValueError(f"private fan-in is {K}, a training step on the GPU takes at most {_LONG}")
+    if connectivity != "private" and K > _LONG and B > _LONG:
+        raise ValueError(f"fan-in is {K} and the batch has {B} rows: on the GPU one of them must be at most {_LONG}")
+
+
 def _kernel(B: int, block: DeviceBlock, dtype: torch.dtype) -> tuple[Any, list[Config]]:
     """The kernel for a batch of B rows, and the tile sizes worth trying."""
     K, G = block.fan_in, block.group_size
+    check_sizes(B, block.connectivity, K)
     if block.connectivity == "private":
-        if K > _LONG:
-            raise ValueError(f"private fan-in is {K}, a training step on the GPU takes at most {_LONG}")
         KB = triton.next_power_of_2(K)
         BM = power_of_two(B, 1, min(16, _PRIVATE // KB))
         GT = labels_at_once(G, min(32, _PRIVATE // KB // BM))
         return kernels.step_private, [Config({"GT": GT, "KB": KB, "BM": BM}, warps, stages=1) for warps in (4, 8)]
-    if K > _LONG and B > _LONG:
-        raise ValueError(f"fan-in is {K} and the batch has {B} rows: on the GPU one of them must be at most {_LONG}")
     exact = dtype == torch.float32
     if B <= _LONG:
         BM = power_of_two(B, 16, _LONG)
