@@ -1,6 +1,6 @@
 """One engine with its queue, its thread and its tokenizers: from texts to their labels. No HTTP.
 
-All methods are for the event loop's thread; the engine runs in its own.
+A backend may be made in any thread; its methods are for the event loop's. The engine runs in its own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,47 +55,75 @@ class Answer:
 
 
 class Backend:
-    """An engine with everything that is tied to it, so that another bundle can take over while this one finishes."""
+    """An engine with everything that is tied to it, so that another bundle can take over while this one finishes.
 
-    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
-        self.engine, self._metrics = engine, metrics
-        self._loop = asyncio.get_running_loop()
-        self._hang_timeout_s = settings.hang_timeout_s
+    hang_timeout_s   how long a batch may make no progress before the engine counts as stuck
+    """
+
+    def __init__(
+        self, engine: Engine, settings: Settings, metrics: Metrics, loop: asyncio.AbstractEventLoop, hang_timeout_s: float
+    ) -> None:
+        self.engine, self._metrics, self._loop = engine, metrics, loop
+        self.hang_timeout_s = hang_timeout_s
+        self._active = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._waiting: set[asyncio.Future[None]] = set()
         self._tokenize_here = engine.new_tokenizer()
         self._tokenize_there = engine.new_tokenizer()
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
-        self._scheduler = scheduler = Scheduler(
+        self.scheduler = Scheduler(
             max_queue_tokens=settings.max_queue_tokens,
             max_batch_inputs=settings.max_batch_inputs,
             max_batch_tokens=settings.max_batch_tokens,
             padded=engine.padded,
-            deliver=self._deliver,
+            deliver=partial(_deliver, loop),  # not a method of self: a backend in a cycle would keep its memory
         )
-        self._worker = worker = Worker(engine, scheduler, metrics)
-        metrics.queue_inputs.set_function(lambda: scheduler.queue_inputs)
-        metrics.queue_tokens.set_function(lambda: scheduler.queue_tokens)
-        metrics.queue_oldest_age.set_function(lambda: scheduler.queue_oldest_age_s)
-        metrics.worker_heartbeat_age.set_function(lambda: worker.heartbeat_age_s)
-        manifest = engine.bundle.manifest
-        metrics.model.info({"model": manifest.name, "version": engine.version})
-        for component, size in manifest.component_nbytes.items():
-            metrics.model_bytes.labels(component, "cpu").set(size)
-        worker.start()
+        self._worker = Worker(engine, self.scheduler, metrics)
+        self._worker.start()
 
     @property
     def alive(self) -> bool:
-        return self._worker.alive and self._worker.heartbeat_age_s < self._hang_timeout_s
+        """False once the engine's thread has ended. One that is stuck is alive: see `heartbeat_age_s`."""
+        return self._worker.alive
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        """How long the engine has been at its current batch; 0 while it is idle."""
+        return self._worker.heartbeat_age_s
+
+    async def finished(self) -> None:
+        """Returns once no request is under way."""
+        await self._idle.wait()
+
+    def abort(self, error: Callable[[], Exception]) -> None:
+        """Ends every request with an error now, also those whose batch is stuck in the engine."""
+        for future in self._waiting:
+            _end(future, error())
+        self.scheduler.abort()
 
     def close(self) -> None:
-        self._scheduler.close()
+        self.scheduler.close()
         self._worker.join(timeout_s=1)
         self._tokenizing.shutdown(wait=False)
 
     async def predict(
         self, texts: Sequence[str], k: int, truncate: bool, timeout_s: float, client_left: ClientLeaves
     ) -> Answer:
+        self._active += 1
+        self._idle.clear()
+        try:
+            return await self._predict(texts, k, truncate, timeout_s, client_left)
+        finally:
+            self._active -= 1
+            if not self._active:
+                self._idle.set()
+
+    async def _predict(
+        self, texts: Sequence[str], k: int, truncate: bool, timeout_s: float, client_left: ClientLeaves
+    ) -> Answer:
         deadline = time.monotonic() + timeout_s
-        self._scheduler.check_room()
+        self.scheduler.check_room()
         began = time.perf_counter()
         tokens = await self._tokenize(texts)
         tokenize_s = time.perf_counter() - began
@@ -103,7 +132,7 @@ class Backend:
         future = self._loop.create_future()
         job = Job(((text.ids, len(text.ids)) for text in tokens), k=k, deadline=deadline, owner=future)
         try:
-            self._scheduler.submit(job)
+            self.scheduler.submit(job)
         except DeadlineExceeded:
             self._metrics.cancelled.labels("tokenize").inc()
             raise
@@ -111,6 +140,7 @@ class Backend:
         timer = self._loop.call_later(deadline - time.monotonic(), _end, future, DeadlineExceeded())
         watch = self._loop.create_task(client_left())
         watch.add_done_callback(lambda _: _end(future, ClientLeft()))
+        self._waiting.add(future)
         try:
             await future
         except (DeadlineExceeded, ClientLeft):
@@ -119,7 +149,8 @@ class Backend:
         finally:
             timer.cancel()
             watch.cancel()
-            self._scheduler.cancel(job)  # if it is not over
+            self._waiting.discard(future)
+            self.scheduler.cancel(job)  # if it is not over
         queue_s = job.finished_at - job.admitted_at - job.encoder_s - job.head_s
         self._metrics.stage["queue"].observe(queue_s)
         best = [item.result for item in job.items]
@@ -130,10 +161,6 @@ class Backend:
             return self._tokenize_here(texts)
         return await self._loop.run_in_executor(self._tokenizing, self._tokenize_there, texts)
 
-    def _deliver(self, jobs: list[Job]) -> None:
-        with suppress(RuntimeError):  # the loop is closed: the server ended before its last batch
-            self._loop.call_soon_threadsafe(_resolve, jobs)
-
     def _observe(self, tokens: Sequence[Tokens], tokenize_s: float) -> None:
         self._metrics.stage["tokenize"].observe(tokenize_s)
         self._metrics.inputs.inc(len(tokens))
@@ -141,6 +168,11 @@ class Backend:
             self._metrics.input_tokens.observe(len(text.ids))
             if text.truncated:
                 self._metrics.truncated_inputs.inc()
+
+
+def _deliver(loop: asyncio.AbstractEventLoop, jobs: list[Job]) -> None:
+    with suppress(RuntimeError):  # the loop is closed: the server ended before its last batch
+        loop.call_soon_threadsafe(_resolve, jobs)
 
 
 def _resolve(jobs: list[Job]) -> None:

@@ -33,7 +33,10 @@ class Engine(ABC):
 
     version   SHA-256 of the bundle
     threads   of the CPU that it uses
+    device    "cpu" or "cuda:0", …
     """
+
+    device = "cpu"
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         cpu.set_threads(threads)
@@ -89,7 +92,7 @@ class Engine(ABC):
     @abstractmethod
     def warm_up(self, max_inputs: int, max_tokens: int) -> float:
         """Runs batches of up to `max_inputs` texts and `max_tokens` tokens, so that the first request finds memory, pages and
-        kernels ready; returns seconds taken."""
+        kernels ready. The last one is the largest; returns the seconds that it took."""
 
     def device_memory(self) -> dict[str, int]:
         """Bytes of the device's memory: "used" and "total" of all processes, "allocated", "reserved" and "peak" of this one's
@@ -114,9 +117,9 @@ class CpuEngine(Engine):
         return kernels.topk(x, self.bundle.head, k)
 
     def warm_up(self, max_inputs: int, max_tokens: int) -> float:
-        started = time.perf_counter()
         for length in sorted({self.padded(min(length, self.max_length)) for length in (16, 64, self.max_length)}):
             for count in sorted({1, max(1, min(max_inputs, max_tokens // length))}):
+                started = time.perf_counter()
                 self.topk(self.encode([[self._pad_id] * length] * count), 1)
         return time.perf_counter() - started
 

@@ -1,7 +1,8 @@
-"""Memory of this process and of its cgroup, as Linux reports them."""
+"""Memory of this process and of its cgroup, as Linux and the C library report it."""
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -21,6 +22,37 @@ def memory_bytes() -> dict[str, int]:
                 if line.isdigit() and int(line) < _UNLIMITED:
                     found.setdefault(kind, int(line))
     return found
+
+
+def heap_bytes() -> dict[str, int]:
+    """Of the C library's heap: allocated is in use, reserved is what it holds of the system. Empty without glibc 2.33 or later.
+
+    What is mapped from files is not part of it.
+    """
+    if not hasattr(_libc, "mallinfo2"):
+        return {}
+    heap = _libc.mallinfo2()
+    return {"allocated": heap.uordblks + heap.hblkhd, "reserved": heap.arena + heap.hblkhd}
+
+
+def trim_heap() -> None:
+    """Gives free memory of the C library's heap back to the system, where it can (glibc)."""
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
+
+
+class _Mallinfo2(ctypes.Structure):
+    """glibc's struct mallinfo2, see mallinfo(3)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
+    ]
+
+
+_libc = ctypes.CDLL(None)  # a call lets go of the GIL
+if hasattr(_libc, "mallinfo2"):
+    _libc.mallinfo2.restype = _Mallinfo2
 
 
 def _memory_cgroups() -> list[tuple[Path, str, str]]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from serve.host import memory_bytes
+from serve.host import heap_bytes, memory_bytes
 
 disable_created_metrics()  # they double the series and nobody reads them
 _REQUEST_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -60,13 +60,17 @@ class Metrics:
         self.model_load_duration = gauge("model_load_duration_seconds", "Time to open, verify and load the bundle.")
         self.warmup_duration = gauge("warmup_duration_seconds", "Time of the warm-up runs.")
         self.worker_heartbeat_age = gauge("worker_heartbeat_age_seconds", "How long the engine has been at its current batch.")
+        self.reloads = counter("reloads_total", "Attempts to replace the model by another bundle.", ["result"])
         self.model = Info("fanin_model", "The model that is served.", registry=self.registry)
         Info("fanin_build", "The program that serves.", registry=self.registry).info(versions())
-        self.registry.register(_HostMemory())
+        self.device_memory: Callable[[], dict[str, dict[str, int]]] = dict  # by device, as Engine.device_memory has it
+        self.registry.register(_Memory(self))
         stages = ("tokenize", "queue", "encoder", "head", "serialize")
         self.stage = {name: stage_duration.labels(name) for name in stages}
         for reason in ("queue-full", "loading", "draining", "engine-stopped"):
             self.rejected.labels(reason)
+        for result in ("ok", "failed"):
+            self.reloads.labels(result)
         for stage in ("tokenize", "queue", "encoder", "head"):
             self.cancelled.labels(stage)
 
@@ -78,12 +82,23 @@ class Metrics:
         self.batch_padding_ratio.observe(1 - sum(lengths) / total)
 
 
-class _HostMemory(Collector):
+class _Memory(Collector):
+    """What is asked of the system at each scrape. It takes some milliseconds for a large process."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        family = GaugeMetricFamily("fanin_host_memory_bytes", "Memory of this process and of its cgroup.", labels=["kind"])
+        host = GaugeMetricFamily("fanin_host_memory_bytes", "Memory of this process and of its cgroup.", labels=["kind"])
         for kind, size in memory_bytes().items():
-            family.add_metric([kind], size)
-        yield family
+            host.add_metric([kind], size)
+        labels = ["device", "kind"]
+        device = GaugeMetricFamily("fanin_device_memory_bytes", "Memory of a device, whoever uses it.", labels=labels)
+        allocator = GaugeMetricFamily("fanin_allocator_bytes", "Memory that allocators hold and hand out.", labels=labels)
+        for name, sizes in ({"cpu": heap_bytes()} | self._metrics.device_memory()).items():
+            for kind, size in sizes.items():
+                (device if kind in ("used", "total") else allocator).add_metric([name, kind], size)
+        yield from (host, device, allocator)
 
 
 def versions() -> dict[str, str]:

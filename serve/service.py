@@ -1,4 +1,4 @@
-"""What is being served, and the state of the server around it: loading, ready, draining. No HTTP.
+"""What is being served, and the state of the server around it: loading, ready, draining, given up. No HTTP.
 
 All methods are for the event loop's thread.
 """
@@ -6,15 +6,22 @@ All methods are for the event loop's thread.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from serve.backend import Answer, Backend, ClientLeaves
 from serve.engine import Engine
+from serve.host import trim_heap
 from serve.metrics import Metrics
 from serve.settings import Settings
+
+_log = logging.getLogger("fanin.serve")
+# A healthy engine may be this much slower than at warm-up: other programs, a reload beside it, many labels per text.
+_HANG_FACTOR, _HANG_TIMEOUT_S = 10, 1.5
 
 Status = Literal["loading", "ready", "draining", "engine-stopped"]
 
@@ -27,47 +34,100 @@ class NotReady(Exception):
         self.status = status
 
 
+class ReloadUnderWay(Exception):
+    """One bundle at a time is loaded beside the one that is served."""
+
+    def __init__(self) -> None:
+        super().__init__("a reload is under way")
+
+
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """A finished reload: the versions of the bundles before and after."""
+
+    old_version: str
+    new_version: str
+    seconds: float
+
+
 class Service:
-    """Loads one bundle and answers requests with it until drained."""
+    """Loads a bundle and answers requests with it, or with the one that took its place, until drained or given up.
+
+    backends   the last one takes the requests, those before it finish theirs; empty until loaded
+    draining   it is about to end
+    failure    why the engine is given up for good, if it is
+    """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings, self.metrics = settings, metrics
-        self._draining = False
-        self._backend: Backend | None = None
-        self._active = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self.backends: tuple[Backend, ...] = ()
+        self.failure: str | None = None
+        self._path = settings.bundle
+        self.draining = self._reloading = self._refusing = False
+        metrics.device_memory = self._device_memory
         metrics.ready.set_function(lambda: self.status == "ready")
-        metrics.draining.set_function(lambda: self._draining)
+        metrics.draining.set_function(lambda: self.draining)
+        metrics.queue_inputs.set_function(lambda: sum(b.scheduler.queue_inputs for b in self.backends))
+        metrics.queue_tokens.set_function(lambda: sum(b.scheduler.queue_tokens for b in self.backends))
+        metrics.queue_oldest_age.set_function(lambda: max((b.scheduler.queue_oldest_age_s for b in self.backends), default=0))
+        metrics.worker_heartbeat_age.set_function(lambda: max((b.heartbeat_age_s for b in self.backends), default=0))
 
     @property
     def engine(self) -> Engine:
         """The engine with its bundle; NotReady until it is loaded."""
-        if self._backend is None:
+        if not self.backends:
             raise NotReady("loading")
-        return self._backend.engine
+        return self.backends[-1].engine
 
     @property
     def alive(self) -> bool:
-        """False once the engine's thread is gone or stuck. A server that still loads is alive."""
-        return self._backend is None or self._backend.alive
+        """False once the engine has died or is given up. A server that still loads is alive."""
+        return self.failure is None and all(backend.alive for backend in self.backends)
 
     @property
     def status(self) -> Status:
-        if self._draining:
+        if not self.alive:
+            return "engine-stopped"
+        if self.draining:
             return "draining"
-        if self._backend is None:
-            return "loading"
-        return "ready" if self._backend.alive else "engine-stopped"
+        return "ready" if self.backends else "loading"
 
     async def load(self) -> None:
         """Opens, verifies, loads and warms up the bundle beside the event loop, then takes requests. BundleError."""
-        settings, began = self.settings, time.perf_counter()
-        engine = await asyncio.to_thread(Engine.open, settings.bundle, settings.threads)
-        self.metrics.model_load_duration.set(time.perf_counter() - began)
-        warm_up_s = await asyncio.to_thread(engine.warm_up, settings.max_batch_inputs, settings.max_batch_tokens)
-        self.metrics.warmup_duration.set(warm_up_s)
-        self._backend = Backend(engine, settings, self.metrics)
+        self._serve(await self._open(self._path))
+
+    async def reload(self, path: Path | None = None) -> Reload:
+        """Puts the bundle at `path` (default: where the present one was found) in place of the present one.
+
+        That one answers until the new one is verified and warmed up, finishes what it has begun, and gives its memory back
+        before this returns. Whatever is raised, nothing has changed: BundleError, ReloadUnderWay, NotReady.
+        """
+        if self.status != "ready":
+            raise NotReady(self.status)
+        if self._reloading:
+            raise ReloadUnderWay
+        self._reloading = True
+        began = time.perf_counter()
+        try:
+            new = await self._open(path or self._path)
+            if self.status != "ready":
+                new.close()
+                raise NotReady(self.status)
+            old_version, new_version = self.engine.version, new.engine.version
+            old = self.backends[-1]
+            self._serve(new)
+            self._path = path or self._path
+        except Exception:
+            self.metrics.reloads.labels("failed").inc()
+            raise
+        else:
+            self.metrics.reloads.labels("ok").inc()
+            await self._retire(old)
+            del old  # the last reference, so its memory is free
+            await asyncio.to_thread(trim_heap)
+        finally:
+            self._reloading = False
+        return Reload(old_version, new_version, time.perf_counter() - began)
 
     async def predict(
         self, texts: Sequence[str], *, k: int, truncate: bool, timeout_s: float, client_left: ClientLeaves
@@ -76,25 +136,69 @@ class Service:
 
         NotReady, QueueFull, TooLong, DeadlineExceeded, ClientLeft, Closed, or whatever the engine raised.
         """
-        if self._backend is None or self.status != "ready":
+        if not self.backends or self._refusing or not self.alive:
             self.metrics.rejected.labels(self.status).inc()
             raise NotReady(self.status)
-        self._active += 1
-        self._idle.clear()
-        try:
-            return await self._backend.predict(texts, k, truncate, timeout_s, client_left)
-        finally:
-            self._active -= 1
-            if not self._active:
-                self._idle.set()
+        return await self.backends[-1].predict(texts, k, truncate, timeout_s, client_left)
 
     async def drain(self) -> None:
-        """Takes no more predictions and waits for those under way, as long as the settings allow."""
-        self._draining = True
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), self.settings.drain_timeout_s)
+        """Says that it is not ready; after a while takes no more predictions and waits for those under way.
+
+        The settings say how long. What is not answered by then is answered 503.
+        """
+        self.draining = True
+        await asyncio.sleep(self.settings.drain_delay_s)
+        self._refusing = True
+        try:
+            async with asyncio.timeout(self.settings.drain_timeout_s):
+                for backend in self.backends:
+                    await backend.finished()
+        except TimeoutError:
+            _log.warning("drain: not everything was answered within %d s; the rest gets 503", self.settings.drain_timeout_s)
+            self._abort("draining")
+
+    def fail(self) -> None:
+        """Answers 503 to every request under way, once `failure` says why."""
+        self._abort("engine-stopped")
 
     def close(self) -> None:
         """Ends the engine's thread; call it when nothing is under way."""
-        if self._backend is not None:
-            self._backend.close()
+        for backend in self.backends:
+            backend.close()
+
+    async def _open(self, path: Path) -> Backend:
+        return await asyncio.to_thread(self._open_here, path, asyncio.get_running_loop())
+
+    def _open_here(self, path: Path, loop: asyncio.AbstractEventLoop) -> Backend:
+        settings, began = self.settings, time.perf_counter()
+        # Resolved once: a link may be pointed elsewhere while its bundle is read.
+        engine = Engine.open(path.resolve(), settings.threads)
+        loaded = time.perf_counter()
+        largest_batch_s = engine.warm_up(settings.max_batch_inputs, settings.max_batch_tokens)
+        self.metrics.model_load_duration.set(loaded - began)
+        self.metrics.warmup_duration.set(time.perf_counter() - loaded)
+        hang_timeout_s = settings.hang_timeout_s or max(_HANG_TIMEOUT_S, _HANG_FACTOR * largest_batch_s)
+        return Backend(engine, settings, self.metrics, loop, hang_timeout_s)
+
+    def _serve(self, backend: Backend) -> None:
+        self.backends = (*self.backends, backend)
+        engine, metrics = backend.engine, self.metrics
+        manifest = engine.bundle.manifest
+        metrics.model.info({"model": manifest.name, "version": engine.version})
+        metrics.model_bytes.clear()
+        for component, size in manifest.component_nbytes.items():
+            device = engine.device if component in ("encoder", "head") else "cpu"
+            metrics.model_bytes.labels(component, device).set(size)
+
+    def _device_memory(self) -> dict[str, dict[str, int]]:
+        engines = [backend.engine for backend in self.backends]
+        return {engine.device: engine.device_memory() for engine in engines if engine.device != "cpu"}
+
+    async def _retire(self, backend: Backend) -> None:
+        await backend.finished()
+        self.backends = tuple(other for other in self.backends if other is not backend)
+        await asyncio.to_thread(backend.close)
+
+    def _abort(self, status: Status) -> None:
+        for backend in self.backends:
+            backend.abort(lambda: NotReady(status))

@@ -12,15 +12,30 @@ from typing import Any, Literal
 _DESCRIPTION = """\
 Serves the model of BUNDLE, a directory written by `python -m export`, over HTTP.
 
-It prints its address when the model is loaded and warmed up. SIGTERM or Ctrl-C ends it cleanly: no new predictions are
-taken, those under way are answered, exit status 0. A damaged bundle or a wrong setting is exit status 2.
+It prints its address when the model is loaded and warmed up.
+
+signals:
+  SIGTERM, Ctrl-C   drain: /readyz turns 503, predictions under way are answered, then it ends; a second one ends it at once
+  SIGHUP            reload BUNDLE, which may be a link that points elsewhere by now: the new one is verified and warmed up
+                    beside the old one; if anything is wrong with it, the old one stays
+
+exit status:
+  0    drained
+  2    a wrong setting, a bundle that cannot be served, an address that cannot be had
+  3    the engine or the event loop died or is stuck: start it again
+  130  Ctrl-C before it was set up
+
+/livez fails as long as the process should be replaced, /readyz as long as it should get no predictions.
 """
 _EPILOG = """\
 example:
   python -m serve bundle --port 8000
   curl -s localhost:8000/predict -H 'Content-Type: application/json' -d '{"inputs": "sort an array", "top_k": 5}'
 
-A page to try the model is at /, the API's description at /docs, Prometheus metrics at /metrics.
+A page to try the model is at /, the API's description at /docs, Prometheus metrics at /metrics. With --admin-port there is
+a second listener, for operators only:
+  curl -X POST localhost:8001/reload    # as SIGHUP; -H 'Content-Type: application/json' -d '{"bundle": "path"}' takes another
+  curl -X POST localhost:8001/drain     # as SIGTERM
 """
 
 
@@ -64,6 +79,17 @@ class Settings:
 
     host: str = _setting("network", "127.0.0.1", "address to listen on; 0.0.0.0 for every IPv4 network", str, "ADDRESS")
     port: int = _setting("network", 8000, "port to listen on; 0 takes a free one", _at_least(0, 65_535))
+    admin_host: str = _setting("network", "127.0.0.1", "address of the admin listener", str, "ADDRESS")
+    admin_port: int | None = _setting(
+        "network", None, "port of the admin listener (reload, drain); 0 takes a free one (default: none)", _at_least(0, 65_535)
+    )
+    drain_delay_s: int = _setting(
+        "network",
+        0,
+        "seconds that predictions are still taken after /readyz has turned 503, for load balancers to notice",
+        _at_least(0),
+        "S",
+    )
     drain_timeout_s: int = _setting("network", 30, "seconds that predictions under way may take at the end", _at_least(0), "S")
 
     max_connections: int = _setting("network", 512, "connections at a time; more are answered 503 and closed", _at_least(1))
@@ -110,7 +136,14 @@ class Settings:
     max_batch_tokens: int = _setting(
         "engine", 1024, "tokens in one batch, padding included, at most; a single longer text still goes alone", _at_least(1)
     )
-    hang_timeout_s: int = _setting("engine", 60, "seconds in one batch after which /livez fails", _at_least(1), "S")
+    hang_timeout_s: float | None = _setting(
+        "engine",
+        None,
+        "seconds without progress after which the engine counts as stuck: /livez fails and the process ends with status 3; "
+        "inf for never (default: 10 times the largest batch at warm-up, at least 1.5)",
+        _seconds,
+        "S",
+    )
 
     max_queue_tokens: int = _setting(
         "limits",

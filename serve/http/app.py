@@ -39,7 +39,7 @@ def create_app(service: Service, keys: ApiKeys, tracing: Tracing | None = None) 
             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id", "Inference-Header-Content-Length"],
             expose_headers=["X-Request-Id", "Server-Timing", "Retry-After", "Inference-Header-Content-Length"],
         )
-    return Gateway(checked, service.metrics, service.settings, tracing)
+    return Gateway(checked, service, tracing)
 
 
 def _is_open(path: str) -> bool:

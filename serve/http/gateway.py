@@ -14,8 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve import logs
 from serve.http.problems import CLIENT_CLOSED_REQUEST
-from serve.metrics import Metrics
-from serve.settings import Settings
+from serve.service import Service
 from serve.telemetry import Tracing
 
 _log = logging.getLogger("fanin.serve")
@@ -32,8 +31,8 @@ class Gateway:
     """Wraps the app. In the scope's state it leaves the request's `id` and when it `began` (time.perf_counter); the app may
     leave an `answer` there (serve.backend.Answer)."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, settings: Settings, tracing: Tracing | None = None) -> None:
-        self._app, self._metrics, self._settings, self._tracing = app, metrics, settings, tracing
+    def __init__(self, app: ASGIApp, service: Service, tracing: Tracing | None = None) -> None:
+        self._app, self._service, self._metrics, self._tracing = app, service, service.metrics, tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,7 +40,7 @@ class Gateway:
         method = scope["method"]
         if method == "HEAD":  # as GET for the app; the server leaves the body out
             scope = {**scope, "method": "GET"}
-        exchange = _Exchange(scope, receive, send, self._settings)
+        exchange = _Exchange(scope, receive, send, self._service)
         self._metrics.requests_in_progress.inc()
         try:
             await self._app(scope, exchange.receive, exchange.send)
@@ -74,15 +73,15 @@ class Gateway:
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, service: Service) -> None:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         self.id = given.decode() if _FIT_FOR_ID.fullmatch(given) else new_id()
         self.began = time.perf_counter()
         self.code: int | None = None
-        self._receive, self._send = receive, send
-        self._max_body_bytes = self._room = settings.max_body_bytes
-        self._timeout_s = settings.client_timeout_s
+        self._receive, self._send, self._service = receive, send, service
+        self._max_body_bytes = self._room = service.settings.max_body_bytes
+        self._timeout_s = service.settings.client_timeout_s
         self._late_at = asyncio.get_running_loop().time() + self._timeout_s
         self._announced = int(headers.get(b"content-length", 0))
         self._complete = False  # the body
@@ -112,6 +111,8 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self.code = message["status"]
             own = [(b"x-request-id", self.id.encode()), (b"x-content-type-options", b"nosniff")]
+            if self._service.draining:
+                own.append((b"connection", b"close"))
             message["headers"] = [*message.get("headers", ()), *own]
         await self._send(message)
 

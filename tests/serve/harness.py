@@ -45,10 +45,11 @@ def problem_of(response: httpx.Response, status: int, kind: str) -> dict[str, An
 
 
 class Process:
-    """A `python -m serve` that is ready."""
+    """A `python -m serve` that is ready. `fault` is code that runs in it before the engine encodes a batch."""
 
-    def __init__(self, bundle: Path, *flags: str) -> None:
-        command = [sys.executable, "-m", "serve", str(bundle), "--port", "0", "--threads", "1", *flags]
+    def __init__(self, bundle: Path, *flags: str, fault: str = "") -> None:
+        program = ["-c", _FAULTY.format(fault)] if fault else ["-m", "serve"]
+        command = [sys.executable, *program, str(bundle), "--port", "0", "--threads", "1", *flags]
         self.popen = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.popen.stdout is not None
         self.greeting = self.popen.stdout.readline()  # when ready, or empty when it has ended
@@ -60,6 +61,23 @@ class Process:
         self.popen.terminate()
         _, errors = self.popen.communicate(timeout=30)
         return self.popen.returncode, errors
+
+
+_FAULTY = """
+import ctypes, sys, time
+from pathlib import Path
+from serve.__main__ import main
+from serve.engine import CpuEngine
+
+encode = CpuEngine.encode
+
+def faulty(self, sequences):
+    {}
+    return encode(self, sequences)
+
+CpuEngine.encode = faulty
+sys.exit(main())
+"""
 
 
 class TouchyEngine(CpuEngine):
@@ -86,11 +104,11 @@ class Local:
     """A server in this process, on a real socket, with an engine that a test has in its hands."""
 
     def __init__(self, service: Service, engine: TouchyEngine, url: str, loop: asyncio.AbstractEventLoop) -> None:
-        self.service, self.engine, self.url, self._loop = service, engine, url, loop
+        self.service, self.engine, self.url, self.loop = service, engine, url, loop
 
     def call(self, function: Callable[[], object]) -> None:
         """Runs a function in the server's event loop."""
-        self._loop.call_soon_threadsafe(function)
+        self.loop.call_soon_threadsafe(function)
 
     def metric(self, name: str, **labels: str) -> float:
         return self.service.metrics.registry.get_sample_value(f"fanin_{name}", labels) or 0.0

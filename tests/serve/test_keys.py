@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 from serve.http.gateway import Gateway
 from serve.http.keys import ApiKeys, KeyCheck, KeysError
 from serve.metrics import Metrics
+from serve.service import Service
 from serve.settings import Settings
 from tests.serve.harness import Process, problem_of
 
@@ -83,7 +84,7 @@ def test_a_reload_that_fails_keeps_the_keys(file: Path) -> None:
 )
 def test_who_is_let_in(file: Path, headers: dict[str, str], status: int) -> None:
     app = KeyCheck(PlainTextResponse("in"), ApiKeys(file), lambda path: path == "/open")
-    client = TestClient(Gateway(app, Metrics(), Settings(Path())))
+    client = TestClient(Gateway(app, Service(Settings(Path()), Metrics())))
     encoded = {name: value.encode("latin-1") for name, value in headers.items()}
     response = client.get("/closed", headers=encoded)
     assert response.status_code == status
