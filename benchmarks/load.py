@@ -26,6 +26,7 @@ import numpy as np
 PERCENTILES = (50, 90, 99, 99.9)
 LOST, REFUSED, UNANSWERED = "lost", "refused", "unanswered"
 _CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_CLOSE = re.compile(rb"\r\nconnection: *close\r\n", re.IGNORECASE)
 _UNAVAILABLE = 503
 
 
@@ -54,7 +55,7 @@ class Plan:
 class _Connection(asyncio.Protocol):
     """One keep-alive connection with at most one request on it."""
 
-    def __init__(self, load: _Load) -> None:
+    def __init__(self, load: Load) -> None:
         self._load = load
         self._answer = b""
         self.transport: asyncio.Transport
@@ -79,14 +80,15 @@ class _Connection(asyncio.Protocol):
             raise ValueError(f"an answer without Content-Length: {self._answer[:end]!r}")
         if len(self._answer) < end + 4 + int(length[1]):
             return
-        code, self._answer, self.waiting = int(self._answer[9:12]), b"", False
-        self._load.answered(self, code)
+        code, stays = int(self._answer[9:12]), not _CLOSE.search(self._answer, 0, end + 2)
+        self._answer, self.waiting = b"", False
+        self._load.answered(self, code, stays)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._load.disconnected(self)
 
 
-class _Load:
+class Load:
     def __init__(self, plan: Plan) -> None:
         self.requests = cycle([_request(plan, body.encode()) for body in plan.bodies])
         self._plan = plan
@@ -118,17 +120,18 @@ class _Load:
         unanswered = len(self._backlog) + len(self._tasks) + sum(connection.waiting for connection in self._open)
         return self._summary(unanswered, time.process_time() - cpu)
 
-    def answered(self, connection: _Connection, code: int) -> None:
+    def answered(self, connection: _Connection, code: int, stays: bool) -> None:
         now = time.perf_counter()
         self._due.append(connection.due)
         self._sent.append(connection.sent)
         self._took.append(now - connection.due)
         self._codes.append(code)
-        if self._plan.clients:
-            if now < self._end and code != _UNAVAILABLE:
+        # A client that is told 503 leaves, too: it could only be cut off.
+        if not stays or (self._plan.clients and code == _UNAVAILABLE):
+            connection.transport.close()
+        elif self._plan.clients:
+            if now < self._end:
                 connection.send(now)
-            elif code == _UNAVAILABLE:
-                connection.transport.close()  # the server takes no more: a client that stays could only be cut off
         elif self._backlog:
             connection.send(self._backlog.popleft())
         else:
@@ -217,7 +220,7 @@ def _request(plan: Plan, body: bytes) -> bytes:
 def main() -> None:
     plan = Plan(**json.load(sys.stdin))
     gc.disable()  # it keeps little, and a collection would count as the server's latency
-    json.dump(asyncio.run(_Load(plan).run()), sys.stdout)
+    json.dump(asyncio.run(Load(plan).run()), sys.stdout)
 
 
 if __name__ == "__main__":

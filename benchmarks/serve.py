@@ -234,7 +234,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--overload-s", type=float, default=30, metavar="S", help="seconds of the overload (default: 30)")
     parser.add_argument("--dense-s", type=float, default=30, metavar="S", help="seconds of each of its phases (default: 30)")
     parser.add_argument("--reloads", type=measure.count, default=5, help="default: %(default)s")
-    parser.add_argument("--serve-flags", default="", metavar="FLAGS", help="for python -m serve, as one argument")
+    parser.add_argument(
+        "--serve-flags",
+        default="--max-queue-tokens 2560",
+        metavar="FLAGS",
+        help="for python -m serve, as one argument (default: %(default)s, less than a second of work for two cores)",
+    )
     parser.add_argument(
         "--encoder",
         default=RANDOM_MINILM,

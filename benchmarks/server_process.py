@@ -25,6 +25,7 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 STAGES = ("tokenize", "queue", "encoder", "head", "serialize")
 _SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 _KEPT_SAMPLES = 60
+_SETTLE_S = 1  # after a reload, until the old model has answered its last request and is gone
 
 
 class ServerError(Exception):
@@ -40,9 +41,10 @@ class ServerProcess:
         command = [sys.executable, "-m", module, *arguments]
         self._popen = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert self._popen.stdout is not None
-        self.greeting = self._popen.stdout.readline().strip()
+        self._output = self._popen.stdout
+        self.greeting = self._output.readline().strip()
         if not self.greeting:
-            raise ServerError(f"python -m {module} ended with status {self._popen.wait()}")
+            raise ServerError(f"python -m {module} ended with status {self.end()}")
         self.ready_s = time.perf_counter() - began
         self.url = self.greeting.split()[-1].rstrip("/")
 
@@ -84,14 +86,17 @@ class ServerProcess:
             after = self.metrics()
             for key in after:
                 if key[0] == "reloads_total" and after[key] > before.get(key, 0):
-                    if "success" in key[1]:
-                        return time.perf_counter() - began
-                    raise ServerError(f"a reload ended as {key[1]}")
+                    if key[1] != 'result="ok"':
+                        raise ServerError(f"a reload ended with {key[1]}")
+                    taken = time.perf_counter() - began
+                    time.sleep(_SETTLE_S)
+                    return taken
         raise ServerError(f"no end of a reload within {timeout_s} s")
 
     def end(self) -> int:
         """Exit status after SIGTERM, or of a server that has ended already."""
         self._popen.terminate()
+        self._output.close()
         try:
             return self._popen.wait(timeout=120)
         except subprocess.TimeoutExpired:
@@ -141,8 +146,9 @@ def run_load(
         if action is not None:
             time.sleep(plan.warm_up_s + 1)
             action()
-            child.terminate()  # it sends no more and sums up
     finally:
+        if action is not None:
+            child.terminate()  # it sends no more and sums up
         output, _ = child.communicate()
         watch.stop()
     if child.returncode:
