@@ -113,11 +113,12 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request may ask for. `max_length` is in tokens per text."""
+    """What a request may ask for. `max_length` is in tokens per text, `max_filter_labels` of `allow` and `deny` together."""
 
     max_length: int
     max_inputs: int
     max_top_k: int
+    max_filter_labels: int
     max_body_bytes: int
     timeout_ms: int
 
@@ -153,6 +154,7 @@ class Options(TypedDict, total=False):
     scores        the head's own score, or its sigmoid ("probability")
     return_names  give names beside ids (True)
     truncate      cut texts to the model's length (True); if False, a longer one is an error
+    priority      who goes first when requests wait ("normal")
     timeout_ms    milliseconds after which the server gives up
     allow, deny   ids of the only labels to choose from, and of labels to leave out
     """
@@ -162,6 +164,7 @@ class Options(TypedDict, total=False):
     scores: Literal["probability", "logit"]
     return_names: bool
     truncate: bool
+    priority: Literal["high", "normal", "low"]
     timeout_ms: int
     allow: Sequence[str]
     deny: Sequence[str]

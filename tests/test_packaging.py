@@ -64,7 +64,11 @@ def imported(package: str) -> set[str]:
 @pytest.mark.parametrize(
     ("package", "extra"),
     [
-        ("models", "train"), ("models/kernels/gpu", "gpu"), ("train", "train"), ("export", "train"), ("serve", "cpu,client"),
+        ("models", "train"),
+        ("models/kernels/gpu", "gpu"),
+        ("train", "train"),
+        ("export", "train"),
+        ("serve", "cpu,client"),
         ("serve/gpu", "gpu"),
     ],
 )

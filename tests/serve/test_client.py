@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve import client as module
@@ -45,7 +45,14 @@ INFO = {
     "created": "2026-01-01T00:00:00Z",
     "labels": 500,
     "width": 96,
-    "limits": {"max_length": 32, "max_inputs": 3, "max_top_k": 5, "max_body_bytes": 200, "timeout_ms": 1000},
+    "limits": {
+        "max_length": 32,
+        "max_inputs": 3,
+        "max_top_k": 5,
+        "max_filter_labels": 9,
+        "max_body_bytes": 200,
+        "timeout_ms": 1000,
+    },
     "blocks": [],
     "metrics": {},
     "versions": {},
@@ -287,6 +294,7 @@ def echo(request: httpx.Request) -> httpx.Response:
 
 
 def test_any_number_of_texts_is_split_to_fit_the_limits() -> None:
+    @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=24), max_size=20))
     def check(texts: list[str]) -> None:
         predictions = client.predict_all(texts, top_k=1, deny=["t-1"])
