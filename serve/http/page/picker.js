@@ -94,8 +94,7 @@ export class LabelPicker {
         make(
           "li",
           { role: "option", id: `${this.#name}-option-${i}`, "aria-selected": "false" },
-          make("span", { class: "name", dir: "auto" }, name || id),
-          make("span", { class: "id" }, id),
+          ...this.#words(id, name),
         ),
       ),
     );
@@ -103,6 +102,12 @@ export class LabelPicker {
     this.#input.ariaExpanded = String(!this.#list.hidden);
     const count = this.#found.length;
     this.#note(count ? `${count}${count === SHOWN ? " or more" : ""} found: choose with the arrow keys and Enter` : "No name has this. If it is an id, press Enter.");
+  }
+
+  #words(id, name) {
+    const words = [make("span", { class: "name", dir: "auto" }, name || id)];
+    if (name && name !== id) words.push(" ", make("span", { class: "id" }, id)); // names need not differ
+    return words;
   }
 
   #close() {
@@ -170,7 +175,7 @@ export class LabelPicker {
 
   #show() {
     const chips = [...this.#chosen].map(([id, name]) => {
-      const button = make("button", { type: "button", "aria-label": `Remove ${name || id}`, title: id }, name || id);
+      const button = make("button", { type: "button" }, make("span", { class: "unseen" }, "Remove "), ...this.#words(id, name));
       button.addEventListener("click", () => this.#remove(id));
       return make("li", {}, button);
     });
