@@ -33,7 +33,8 @@ void push(Best& best, int row, float score, int32_t label) {
 
 // `open` [B, G / 16] has a bit for each label that a row may give; null: it may give all.
 FANIN_INLINE void select_rows(const float* z, int rows, int G, const int32_t* labels, const uint16_t* open, Best& best) {
-  for (int b = 0; b < rows; ++b)
+  for (int b = 0; b < rows; ++b) {
+    if (!any_greater(z + (int64_t)b * G, G, best.threshold[b])) continue;
     for (int g = 0; g < G; g += W) {
       uint32_t mask = greater(load(z + (int64_t)b * G + g), broadcast(best.threshold[b]));
       if (mask && open) mask &= open[((int64_t)b * G + g) / 16] >> (g % 16);
@@ -43,6 +44,7 @@ FANIN_INLINE void select_rows(const float* z, int rows, int G, const int32_t* la
         if (labels[at] >= 0 && score > best.threshold[b]) push(best, b, score, labels[at]);
       }
     }
+  }
 }
 
 // `limit` [ldx] is scratch.

@@ -132,6 +132,19 @@ FANIN_INLINE uint32_t greater(vf a, vf b) {
 #endif
 }
 
+// Whether one of the n floats is greater than the limit; n is a multiple of 16.
+FANIN_INLINE bool any_greater(const float* a, int n, float limit) {
+#if defined(FANIN_AVX2)  // one test of all, which a mask for each vector is not
+  __m256i found = _mm256_setzero_si256();
+  for (int i = 0; i < n; i += W) found = _mm256_or_si256(found, (__m256i)(load(a + i) > broadcast(limit)));
+  return !_mm256_testz_si256(found, found);
+#else
+  uint32_t found = 0;
+  for (int i = 0; i < n; i += W) found |= greater(load(a + i), broadcast(limit));
+  return found;
+#endif
+}
+
 FANIN_INLINE vf square_root(vf a) {
 #if defined(FANIN_AVX512)
   return (vf)_mm512_sqrt_ps((__m512)a);
