@@ -17,8 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.kernels import cpu
-
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -72,13 +70,11 @@ def _status(field: str) -> int:
     return int(match[1]) * 1024
 
 
-def environment() -> dict[str, object]:
-    """Device, versions and commit: what a row needs to be compared with another."""
+def environment(hardware: dict[str, object] | None = None) -> dict[str, object]:
+    """Device, versions and commit: what a row needs to be compared with another. `hardware`: the processor's facts if None."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": _processor(),
-        "threads": cpu.threads(),
-        "level": cpu.level(),
+        **(processor() if hardware is None else hardware),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -95,10 +91,10 @@ def show(rows: list[Row]) -> None:
         print(json.dumps(_rounded(row)), flush=True)
 
 
-def record(benchmark: str, rows: list[Row]) -> None:
-    """Appends each row, with the environment, to benchmarks/results/<benchmark>.jsonl."""
-    RESULTS.mkdir(exist_ok=True)
-    facts = environment()
+def record(benchmark: str, rows: list[Row], facts: dict[str, object] | None = None) -> None:
+    """Appends each row, with `facts` or the environment, to benchmarks/results/<benchmark>.jsonl."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    facts = environment() if facts is None else facts
     with open(RESULTS / f"{benchmark}.jsonl", "a", encoding="utf-8") as file:
         file.writelines(json.dumps(_rounded(row) | facts) + "\n" for row in rows)
 
@@ -115,15 +111,22 @@ def _rounded(row: Row) -> Row:
     return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
 
 
-def _processor() -> str:
+def processor() -> dict[str, object]:
+    """What the kernels of the CPU run on."""
+    from models.kernels import cpu  # compiled: benchmarks.gpu runs where it is not
+
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     match = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-    return f"{match[1] if match else platform.machine()}, {cpu.default_threads()} cores"
+    name = f"{match[1] if match else platform.machine()}, {cpu.default_threads()} cores"
+    return {"device": name, "threads": cpu.threads(), "level": cpu.level()}
 
 
 def _commit() -> str:
     folder = Path(__file__).parent
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=folder, capture_output=True, text=True, check=False
-    )
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=folder, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:  # no git
+        return "unknown"
     return done.stdout.strip() or "unknown"
