@@ -233,7 +233,7 @@ def test_a_label_is_also_chosen_by_its_whole_id(page: Browser) -> None:
     assert texts_of(page, "#allow-chips .name") == ["topic 41"]
     page.type("t-4100")
     page.press("Enter")
-    page.wait_for("document.querySelector('#allow-note').textContent === 'No label has this id.'")
+    page.wait_for("document.querySelector('#allow-note').textContent === 'No label has this name or id.'")
     assert len(texts_of(page, "#allow-chips .name")) == 1
 
 
@@ -313,6 +313,7 @@ def test_an_error_names_the_field_and_leads_to_it(page: Browser) -> None:
     assert "/inputs" in page.run(PROBLEM)
     assert page.run("document.querySelector('#text').ariaInvalid") == "true"
     assert page.run("document.querySelector('#result').hidden")
+    assert json.loads(page.run("document.querySelector('#response').textContent"))["status"] == 422
     page.run("document.querySelector('#problem button').click()")
     assert page.run("document.activeElement.id") == "text"
     page.run("document.querySelector('#text').value = 'a text'")

@@ -12,7 +12,8 @@ export const key = {
 export class Problem extends Error {
   constructor(status, body, retryAfter_s) {
     super(body.detail);
-    Object.assign(this, { status, title: body.title, errors: body.errors ?? [], request_id: body.request_id, body, retryAfter_s });
+    const { title, errors = [], request_id } = body;
+    Object.assign(this, { status, title, errors, request_id, body, retryAfter_s });
   }
 }
 
@@ -41,8 +42,8 @@ export async function ask(path, { body, signal } = {}) {
 function problemOf(response, text) {
   const retryAfter_s = Number(response.headers.get("Retry-After")) || undefined;
   const isProblem = response.headers.get("Content-Type")?.startsWith("application/problem+json");
-  const body = isProblem ? JSON.parse(text) : { title: `Error ${response.status}`, detail: "Something before the server answered." };
-  return new Problem(response.status, body, retryAfter_s);
+  const other = { title: `Error ${response.status}`, detail: "Something between here and the server answered in its place." };
+  return new Problem(response.status, isProblem ? JSON.parse(text) : other, retryAfter_s);
 }
 
 function stages(header) {

@@ -54,9 +54,9 @@ async function predict() {
   if (!model) return load();
   const signal = begin();
   showSettings();
+  toAddress(...filters);
   const asked = texts();
   if (!asked.length) return clear();
-  toAddress(...filters);
   busy(true);
   const body = request(...filters);
   try {
@@ -109,7 +109,6 @@ function clear() {
   busy(false);
   hideProblem();
   for (const part of ANSWER) part.hidden = true;
-  history.replaceState(null, "", location.pathname + location.search);
 }
 
 function showSettings() {

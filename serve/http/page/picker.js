@@ -13,7 +13,8 @@ export class LabelPicker {
   #changed;
   #failed;
   #search;
-  #newest;
+  #newest; // AbortController of the newest search
+  #unknown; // what Enter found to be no id
 
   /** In the elements whose ids begin with `name`. Calls `changed` after each change by hand, `failed` with each Problem. */
   constructor(name, { changed, failed }) {
@@ -91,17 +92,19 @@ export class LabelPicker {
     this.#found = labels.filter(({ id }) => !this.#chosen.has(id));
     this.#list.replaceChildren(
       ...this.#found.map(({ id, name }, i) =>
-        make(
-          "li",
-          { role: "option", id: `${this.#name}-option-${i}`, "aria-selected": "false" },
-          ...this.#words(id, name),
-        ),
+        make("li", { role: "option", id: `${this.#name}-option-${i}`, "aria-selected": "false" }, ...this.#words(id, name)),
       ),
     );
     this.#list.hidden = !this.#found.length;
     this.#input.ariaExpanded = String(!this.#list.hidden);
+    this.#noteFound();
+  }
+
+  #noteFound() {
     const count = this.#found.length;
-    this.#note(count ? `${count}${count === SHOWN ? " or more" : ""} found: choose with the arrow keys and Enter` : "No name has this. If it is an id, press Enter.");
+    if (count) this.#note(`${count}${count === SHOWN ? " or more" : ""} found: choose with the arrow keys and Enter`);
+    else if (this.#typed === this.#unknown) this.#note("No label has this name or id.");
+    else this.#note("No name has this. If it is an id, press Enter.");
   }
 
   #words(id, name) {
@@ -150,8 +153,9 @@ export class LabelPicker {
     const id = this.#typed;
     if (!id) return;
     const label = await this.#byId(id, (error) => {
-      if (error.status === 404) this.#note("No label has this id.");
-      else this.#failed(error);
+      if (error.status !== 404) return this.#failed(error);
+      this.#unknown = id;
+      this.#noteFound();
     });
     if (label) this.#choose(label);
   }

@@ -12,7 +12,8 @@ export function texts() {
 
 /** The body of POST /predict. Labels only appear in it when some are chosen. */
 export function request(allow, deny) {
-  const body = { inputs: at("lines").checked ? texts() : at("text").value, top_k: at("top_k").valueAsNumber, scores: scores() };
+  const inputs = at("lines").checked ? texts() : at("text").value;
+  const body = { inputs, top_k: at("top_k").valueAsNumber, scores: scores() };
   const least = at("min_score").valueAsNumber;
   if (!Number.isNaN(least)) body.min_score = scores() === "probability" ? least / 100 : least;
   if (allow.ids.length) (body.labels ??= {}).allow = allow.ids;
@@ -22,7 +23,13 @@ export function request(allow, deny) {
 
 /** How many settings in the folded part differ from what they are at first. */
 export function changedOptions(allow, deny) {
-  const changed = [at("top_k").valueAsNumber !== usualTopK(), at("min_score").value, scores() === "logit", allow.ids.length, deny.ids.length];
+  const changed = [
+    at("top_k").valueAsNumber !== usualTopK(),
+    at("min_score").value,
+    scores() === "logit",
+    allow.ids.length,
+    deny.ids.length,
+  ];
   return changed.filter(Boolean).length;
 }
 
@@ -47,8 +54,8 @@ export function toAddress(allow, deny) {
     ...allow.ids.map((id) => ["allow", id]),
     ...deny.ids.map((id) => ["deny", id]),
   ];
-  const address = new URLSearchParams(pairs.filter(([, value]) => value));
-  history.replaceState(null, "", `${location.pathname}${location.search}#${address}`);
+  const address = String(new URLSearchParams(pairs.filter(([, value]) => value)));
+  history.replaceState(null, "", location.pathname + location.search + (address && `#${address}`));
 }
 
 /** Fills the form from the address. */

@@ -30,7 +30,8 @@ function row({ id, name, score }, scores) {
   bar.style.width = `${100 * share}%`;
   const label = make("span", { class: "label" }, make("span", { class: "name", dir: "auto" }, name || id));
   if (name && name !== id) label.append(make("span", { class: "id" }, id));
-  return make("li", {}, bar, label, make("span", { class: "score" }, scores === "logit" ? score.toFixed(2) : percent(share)));
+  const shown = scores === "logit" ? score.toFixed(2) : percent(share);
+  return make("li", {}, bar, label, make("span", { class: "score" }, shown));
 }
 
 const STAGES = [
@@ -40,7 +41,7 @@ const STAGES = [
   ["head", "Scoring all labels"],
 ];
 
-/** A waterfall of a request: the stages of Server-Timing one after the other, then what is left of the server's and of all time. */
+/** A waterfall of a request: the stages of Server-Timing one after the other, then the rest of the server's time and of all. */
 export function showTimes(server_ms, elapsed_ms) {
   const total = server_ms.total ?? 0;
   const parts = STAGES.map(([name, words]) => [name, words, server_ms[name] ?? 0]);
@@ -62,7 +63,8 @@ export function showTimes(server_ms, elapsed_ms) {
 
 function timeRow(words, part, ms) {
   const shown = ms < 100 ? ms.toFixed(ms < 10 ? 2 : 1) : whole(Math.round(ms));
-  return make("tr", {}, make("th", { scope: "row" }, words), make("td", { "aria-hidden": "true" }, part), make("td", {}, `${shown} ms`));
+  const bar = make("td", { "aria-hidden": "true" }, part);
+  return make("tr", {}, make("th", { scope: "row" }, words), bar, make("td", {}, `${shown} ms`));
 }
 
 /** The call as JSON and as a command for a shell, which takes the key from its environment. */
@@ -84,14 +86,17 @@ export function showExchange(body, answer, withKey) {
 export function showModel(info) {
   at("model").textContent = document.title = info.model;
   at("facts").textContent = `${whole(info.labels)} labels, each scored for every text`;
-  const { test = {} } = info.metrics;
+  const test = info.metrics.test ?? {};
   const bytes = Object.values(info.bytes).reduce((sum, size) => sum + size, 0);
+  const fanIn = (block) => `${whole(block.fan_in)} of ${whole(info.width)} inputs (${block.connectivity}, ${block.dtype})`;
+  const parts = Object.entries(info.bytes).map(([part, count]) => `${part} ${size(count)}`);
+  const measured = ["P@1", "P@3", "P@5"].filter((name) => test[name] != null);
   const facts = [
     ["Labels", whole(info.labels)],
-    ["Fan-in", info.blocks.map((block) => `${whole(block.fan_in)} of ${whole(info.width)} inputs (${block.connectivity}, ${block.dtype})`)],
-    ["Size", `${size(bytes)}: ${Object.entries(info.bytes).map(([part, count]) => `${part} ${size(count)}`).join(", ")}`],
+    ["Fan-in", info.blocks.map(fanIn)],
+    ["Size", `${size(bytes)}: ${parts.join(", ")}`],
     ["Reads", `${whole(info.limits.max_length)} tokens of a text`],
-    ["Test", ["P@1", "P@3", "P@5"].filter((name) => name in test).map((name) => `${name} ${test[name].toFixed(3)}`).join(", ")],
+    ["Test", measured.map((name) => `${name} ${test[name].toFixed(3)}`).join(", ")],
     ["Made", new Date(info.created).toLocaleDateString("en", { dateStyle: "long" })],
     ["Version", info.model_version],
   ];
