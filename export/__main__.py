@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
             name=given.name,
             head_dtype=given.head_dtype,
             encoder_dtype=given.encoder_dtype,
+            torch_encoder=given.torch_encoder,
             force=given.force,
         )
     # These two first: the others' names are not there when an import fails or is interrupted.
@@ -56,6 +57,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=ENCODER_DTYPES,
         default="fp32",
         help="of the encoder's matrix products; int8 is up to 1.6 times as fast on a CPU, and changes scores (default: fp32)",
+    )
+    parser.add_argument(
+        "--torch-encoder",
+        action="store_true",
+        help="also put the encoder in as torch reads it, for `python -m serve --encoder-runtime torch` on a GPU",
     )
     parser.add_argument("--force", action="store_true", help="replace BUNDLE if it is a bundle")
     return parser

@@ -29,6 +29,7 @@ from models.head import Block, Head, HeadError
 __all__ = ["Bundle", "BundleError", "Manifest", "check_target", "open_bundle", "write_bundle"]
 
 ENCODER, TOKENIZER = "encoder.onnx", "tokenizer.json"
+TORCH_ENCODER = "encoder"  # a folder
 _REQUIRED = (ENCODER, TOKENIZER, *(f"labels/{name}" for name in LABEL_FILES))
 _PACKAGES = ("fanin", "numpy", "onnx", "onnxruntime", "tokenizers", "torch", "transformers")
 
@@ -46,6 +47,11 @@ class Bundle:
     def encoder_file(self) -> Path:
         """ONNX: input_ids and attention_mask, int64 [B, S] → embedding fp32 [B, D]."""
         return self.path / ENCODER
+
+    @property
+    def torch_encoder(self) -> Path | None:
+        """The same encoder as models.encoder.Encoder.save writes it; None if the bundle was exported without."""
+        return self.path / TORCH_ENCODER if f"{TORCH_ENCODER}/model.safetensors" in self.manifest.files else None
 
     @property
     def tokenizer_file(self) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from export.bundle import Bundle, BundleError, Manifest, check_target, write_bundle
+from export.bundle import TORCH_ENCODER, Bundle, BundleError, Manifest, check_target, write_bundle
 from export.convert import convert_values
 from export.encoder import export_encoder, export_tokenizer
 from export.parity import ParityError, prove
@@ -30,6 +30,7 @@ def pack(
     name: str | None,
     head_dtype: str | None,
     encoder_dtype: str,
+    torch_encoder: bool,
     force: bool,
 ) -> Manifest:
     """Writes the bundle `out` and says on standard output what it does. INPUT_ERRORS; ParityError.
@@ -37,6 +38,7 @@ def pack(
     checkpoint  the latest if None                  name   the last part of `out` if None
     head_dtype  as trained if None                  force  replaces an older bundle
     encoder_dtype  "fp32" or "int8"
+    torch_encoder  also puts in the encoder as torch reads it, beside the ONNX file
     """
     check_target(out, force)
     run = Run(run_folder)
@@ -50,6 +52,8 @@ def pack(
     def write_encoder(path: Path) -> None:
         print("exporting the encoder to ONNX")
         export_encoder(encoder, path, encoder_dtype)
+        if torch_encoder:
+            encoder.save(path.parent / TORCH_ENCODER)
 
     def proof(bundle: Bundle) -> dict[str, Any]:
         print(f"comparing bundle and checkpoint on {len(heldout)} held-out texts")

@@ -17,6 +17,8 @@ import numpy as np
 from export.bundle import Bundle, BundleError, open_bundle
 from export.onnx_runtime import onnxruntime as ort
 from models import kernels
+from models.device import DeviceError
+from models.extras import missing
 from models.kernels import cpu
 from serve.tokens import TextTokenizer
 
@@ -58,8 +60,10 @@ class Engine(ABC):
         threads = threads or cpu.default_threads()
         if device == "cpu":
             return CpuEngine(bundle, threads)
-        from serve.gpu.engine import open_engine  # torch and Triton are imported when a GPU is asked for, not before
-
+        try:
+            from serve.gpu.engine import open_engine  # torch and Triton are imported when a GPU is asked for, not before
+        except ModuleNotFoundError as error:
+            raise DeviceError(f"{device}: {missing(error, 'gpu')}") from None
         return open_engine(bundle, threads, device, encoder_runtime)
 
     def new_tokenizer(self) -> TextTokenizer:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from export import pack
 from export.__main__ import main
@@ -134,6 +135,19 @@ def test_a_bundle_that_answers_otherwise_is_not_kept(
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick")
+def test_the_encoder_for_torch_is_that_of_the_checkpoint(run_folder: Path, tmp_path: Path) -> None:
+    assert main([str(run_folder), "--out", str(tmp_path / "with"), "--torch-encoder"]) == 0
+    assert main([str(run_folder), "--out", str(tmp_path / "without")]) == 0
+    folder = open_bundle(tmp_path / "with").torch_encoder
+    assert folder is not None
+    trained = Encoder.load(run_folder / CHECKPOINT / "encoder").state_dict()
+    packed = Encoder.load(folder).state_dict()
+    assert packed.keys() == trained.keys()
+    assert all(torch.equal(packed[name], trained[name]) for name in trained)
+    assert open_bundle(tmp_path / "without").torch_encoder is None
+
+
 def test_force_replaces_a_bundle(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "b"
     assert main([str(run_folder), "--out", str(out), "--name", "old"]) == 0
