@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from typing import Literal
 
+from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 _requests = logging.getLogger("fanin.requests")
@@ -18,7 +19,10 @@ def set_up(format: Literal["text", "json"], level: Literal["debug", "info", "war
     formatter: logging.Formatter
     if format == "json":
         renamed = {"levelname": "level", "name": "logger", "exc_info": "exception"}
-        formatter = JsonFormatter(["levelname", "name", "message"], rename_fields=renamed, timestamp="time")
+        unwanted = [*RESERVED_ATTRS, "color_message"]  # the latter is uvicorn's
+        formatter = JsonFormatter(
+            ["levelname", "name", "message"], rename_fields=renamed, timestamp="time", reserved_attrs=unwanted
+        )
     else:
         formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler = logging.StreamHandler()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from serve.http import answering, docs, labels, open_inference, page, predict, problems, status
+from serve.http.cors import Cors
 from serve.http.gateway import Gateway
 from serve.http.keys import ApiKeys, KeyCheck
 from serve.metrics import versions
@@ -32,13 +32,7 @@ def create_app(service: Service, keys: ApiKeys, tracing: Tracing | None = None) 
     docs.install(app, service.settings, keys, _is_open)
     checked: ASGIApp = KeyCheck(app, keys, _is_open)
     if origins := service.settings.cors_origin:
-        checked = CORSMiddleware(
-            checked,
-            allow_origins=origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id", "Inference-Header-Content-Length"],
-            expose_headers=["X-Request-Id", "Server-Timing", "Retry-After", "Inference-Header-Content-Length"],
-        )
+        checked = Cors(checked, origins)
     return Gateway(checked, service, tracing)
 
 
