@@ -28,19 +28,20 @@ from models.head import Block, Head, HeadError
 
 __all__ = ["Bundle", "BundleError", "Manifest", "check_target", "open_bundle", "write_bundle"]
 
-ENCODER, TOKENIZER = "encoder.onnx", "tokenizer.json"
+ENCODER, TOKENIZER, PLACES = "encoder.onnx", "tokenizer.json", "head/places.npy"
 TORCH_ENCODER = "encoder"  # a folder
-_REQUIRED = (ENCODER, TOKENIZER, *(f"labels/{name}" for name in LABEL_FILES))
+_REQUIRED = (ENCODER, TOKENIZER, PLACES, *(f"labels/{name}" for name in LABEL_FILES))
 _PACKAGES = ("fanin", "numpy", "onnx", "onnxruntime", "tokenizers", "torch", "transformers")
 
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """An open bundle. The head's buffers and the labels are read-only memory maps."""
+    """An open bundle. The head's buffers, the labels' places in it (Head.places) and the labels are read-only memory maps."""
 
     path: Path
     manifest: Manifest
     head: Head
+    places: np.ndarray
     labels: LabelTable
 
     @property
@@ -80,7 +81,8 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
         head = _map_head(path, manifest)
         if verify:
             _check_ranges(head)
-        return Bundle(path, manifest, head, LabelTable(path / "labels", manifest.labels))
+        labels = LabelTable(path / "labels", manifest.labels)
+        return Bundle(path, manifest, head, _map_places(path, manifest), labels)
     except (ValueError, OSError) as error:
         raise BundleError(f"{path}: {error}") from error
 
@@ -181,6 +183,7 @@ def _write_head(folder: Path, head: Head) -> tuple[BlockLayout, ...]:
         for buffer, array in block.buffers.items():
             np.save(folder / files[buffer], array)
         layouts.append(BlockLayout(block.connectivity, block.dtype, block.groups, block.fan_in, block.group_size, files))
+    np.save(folder / PLACES, head.places())
     return tuple(layouts)
 
 
@@ -197,6 +200,13 @@ def _map_head(path: Path, manifest: Manifest) -> Head:
             raise BundleError(f"{layout.buffers['values']} has shape {list(block.values.shape)}, expected {expected}")
         blocks.append(block)
     return Head(manifest.width, manifest.labels, tuple(blocks))
+
+
+def _map_places(path: Path, manifest: Manifest) -> np.ndarray:
+    places = _map(path, PLACES, manifest)
+    if places.dtype != np.uint32 or places.shape != (manifest.labels,):
+        raise BundleError(f"{PLACES} is {places.dtype} {list(places.shape)}, expected uint32 [{manifest.labels}]")
+    return places
 
 
 def _map(path: Path, file: str, manifest: Manifest) -> np.ndarray:

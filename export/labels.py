@@ -1,8 +1,11 @@
-"""Label ids and names as files that map from disk: UTF-8 strings end to end, and where each one starts.
+"""Label ids and names as files that map from disk, and what finds labels by them.
 
-    ids.bin  ids.offsets.npy  names.bin  names.offsets.npy      offsets int64 [L + 1]
+    ids.bin     ids.offsets.npy     ids.index.npy        the labels by a hash of their id
+    names.bin   names.offsets.npy
+    folded.bin  folded.offsets.npy  folded.order.npy     names as they are searched, and the labels in order of these
 
-Millions of labels then cost no start-up time and only the memory of the pages that are read.
+Strings are UTF-8, end to end; offsets int64 [L + 1] say where each one starts. Millions of labels then cost no start-up time
+and only the memory of the pages that are read.
 """
 
 from __future__ import annotations
@@ -10,23 +13,35 @@ from __future__ import annotations
 import mmap
 import os
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from hashlib import blake2b
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 from numpy.lib.format import open_memmap
 
 from export.manifest import BundleError
 
-_COLUMNS = ("ids", "names")
-LABEL_FILES = tuple(f"{column}.{part}" for column in _COLUMNS for part in ("bin", "offsets.npy"))
+_COLUMNS = ("ids", "names", "folded")
+INDEX, ORDER = "ids.index.npy", "folded.order.npy"
+LABEL_FILES = (*(f"{column}.{part}" for column in _COLUMNS for part in ("bin", "offsets.npy")), INDEX, ORDER)
+MARK = b"\xff"  # before each folded name; UTF-8 has no such byte, so what is searched for never runs over into the next name
+_CHUNK = 1 << 18  # labels looked at together
+_STEP = 7  # bytes compared at a time
 
 
 class LabelTable:
-    """Ids and names of the labels 0 … L − 1, from the folder that `write_labels` filled; BundleError names a bad file."""
+    """The labels 0 … L − 1, from the folder that `write_labels` filled; BundleError names a bad file.
+
+    order  int32 [L], mapped: the labels in order of their folded names' bytes, equal ones ascending
+    """
 
     def __init__(self, folder: Path, n_labels: int) -> None:
-        self.ids, self.names = (Column(folder, column, n_labels) for column in _COLUMNS)
+        self.ids, self.names, self.folded = (Column(folder, column, n_labels) for column in _COLUMNS)
+        self.order = _map(folder, ORDER, np.dtype(np.int32), n_labels)
+        self._index = _map(folder, INDEX, np.dtype(np.uint64), n_labels)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -38,27 +53,36 @@ class LabelTable:
     def name(self, label: int) -> str:
         return self.names[label]
 
+    def find(self, ids: Sequence[str]) -> np.ndarray:
+        """int32 [n]: the label with each id, the first if several have it; −1 where none has. About 2 µs an id."""
+        shift = np.uint64(_label_bits(len(self)))
+        hashes = _hashes(ids) >> shift
+        found = np.full(len(ids), -1, dtype=np.int32)
+        for i, at in enumerate(np.searchsorted(self._index, hashes << shift).tolist()):
+            while at < len(self) and self._index[at] >> shift == hashes[i]:
+                label = int(self._index[at] & ~(~np.uint64(0) << shift))
+                if self.ids[label] == ids[i]:
+                    found[i] = label
+                    break
+                at += 1
+        return found
+
 
 class Column:
     """A string per label.
 
-    bytes    all of them in UTF-8, end to end, a read-only map
+    bytes    all of them in UTF-8, end to end, a read-only map; MARK stands before each folded name
     offsets  int64 [L + 1], mapped: string i is bytes[offsets[i]:offsets[i + 1]]
     """
 
     def __init__(self, folder: Path, name: str, n_labels: int) -> None:
-        path = folder / f"{name}.offsets.npy"
-        self.offsets: np.ndarray = np.asarray(open_memmap(path, mode="r"))
-        with (folder / f"{name}.bin").open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""  # nothing cannot be mapped
-        if self.offsets.dtype != np.int64 or self.offsets.shape != (n_labels + 1,):
-            found = f"{self.offsets.dtype} {list(self.offsets.shape)}"
-            raise BundleError(f"labels/{path.name} is {found}, expected int64 [{n_labels + 1}]")
+        file = f"{name}.offsets.npy"
+        self.offsets = _map(folder, file, np.dtype(np.int64), n_labels + 1)
+        with (folder / f"{name}.bin").open("rb") as data:
+            size = data.seek(0, os.SEEK_END)
+            self.bytes = mmap.mmap(data.fileno(), 0, access=mmap.ACCESS_READ) if size else b""  # nothing cannot be mapped
         if self.offsets[0] != 0 or self.offsets[-1] != size:
-            raise BundleError(
-                f"labels/{path.name} runs from {self.offsets[0]} to {self.offsets[-1]}, {name}.bin from 0 to {size}"
-            )
+            raise BundleError(f"labels/{file} runs from {self.offsets[0]} to {self.offsets[-1]}, {name}.bin from 0 to {size}")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -69,19 +93,93 @@ class Column:
         return self.bytes[self.offsets[label] : self.offsets[label + 1]].decode()
 
 
+def fold(text: str) -> str:
+    """What upper and lower case, and letters composed or not, have in common (Unicode 3.13, D145), composed."""
+    if text.isascii():
+        return text.lower()
+    return normalize("NFC", normalize("NFD", text).casefold())
+
+
 def write_labels(folder: Path, labels: Iterable[tuple[str, str]]) -> int:
-    """Writes (id, name) pairs in label order and returns their number; 16 bytes of memory per label.
+    """Writes (id, name) pairs in label order and returns their number; about 60 bytes of memory per label.
 
     BundleError when a string is not Unicode text (half a surrogate pair).
     """
-    ends = tuple(array("q", [0]) for _ in _COLUMNS)
-    with (folder / "ids.bin").open("wb") as ids, (folder / "names.bin").open("wb") as names:
-        for label, pair in enumerate(labels):
-            for text, file, end in zip(pair, (ids, names), ends, strict=True):
-                try:
-                    end.append(end[-1] + file.write(text.encode()))
-                except UnicodeEncodeError:
-                    raise BundleError(f"label {label}: {text!r} is not Unicode text") from None
-    for column, end in zip(_COLUMNS, ends, strict=True):
-        np.save(folder / f"{column}.offsets.npy", np.frombuffer(end, dtype=np.int64))
-    return len(ends[0]) - 1
+    ends = {column: array("q", [0]) for column in _COLUMNS}
+    hashes = array("Q")
+    with ExitStack() as stack:
+        files = {column: stack.enter_context((folder / f"{column}.bin").open("wb")) for column in _COLUMNS}
+        for label, (text, name) in enumerate(labels):
+            try:
+                row = text.encode(), name.encode(), MARK + fold(name).encode()
+            except UnicodeEncodeError as error:
+                raise BundleError(f"label {label}: {error.object!r} is not Unicode text") from None
+            for column, data in zip(_COLUMNS, row, strict=True):
+                ends[column].append(ends[column][-1] + files[column].write(data))
+            hashes.append(_hash(row[0]))
+    for column in _COLUMNS:
+        np.save(folder / f"{column}.offsets.npy", np.frombuffer(ends[column], dtype=np.int64))
+    del ends
+    count = len(hashes)
+    shift = np.uint64(_label_bits(count))
+    index = np.frombuffer(hashes, dtype=np.uint64) >> shift << shift | np.arange(count, dtype=np.uint64)
+    index.sort()
+    np.save(folder / INDEX, index)
+    del index, hashes
+    np.save(folder / ORDER, _sorted(Column(folder, "folded", count)))
+    return count
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
+
+
+def _hashes(ids: Sequence[str]) -> np.ndarray:
+    """uint64 [n]; half a surrogate pair is in no label's id."""
+    return np.fromiter((_hash(text.encode(errors="surrogatepass")) for text in ids), dtype=np.uint64, count=len(ids))
+
+
+def _label_bits(n_labels: int) -> int:
+    """Of an index entry the low bits are the label, the others the high bits of its id's hash."""
+    return max(1, (n_labels - 1).bit_length())
+
+
+def _sorted(column: Column) -> np.ndarray:
+    """int32 [L]: the labels by their strings' bytes, equal ones ascending. Only those still tied are compared further."""
+    order = np.arange(len(column), dtype=np.int32)
+    tied = np.arange(len(column))  # positions in `order`
+    run = np.zeros(len(column), dtype=np.int64)  # which tie each of these is in, ascending
+    depth = 0
+    while tied.size:
+        keys = _keys(column, order[tied], depth)
+        by_key = np.lexsort((keys, run))
+        order[tied], keys = order[tied][by_key], keys[by_key]
+        again = (keys[1:] == keys[:-1]) & (run[1:] == run[:-1]) & (keys[1:] & np.uint64(0xFF) > _STEP)
+        run = np.cumsum(np.concatenate([[False], ~again]))
+        still = np.concatenate([again, [False]]) | np.concatenate([[False], again])
+        tied, run = tied[still], run[still]
+        depth += _STEP
+    return order
+
+
+def _keys(column: Column, labels: np.ndarray, depth: int) -> np.ndarray:
+    """uint64 [n] in the order of the strings' bytes from `depth` on: _STEP bytes, then how many are left, up to _STEP + 1."""
+    data = np.frombuffer(column.bytes, dtype=np.uint8)
+    keys = np.empty(len(labels), dtype=np.uint64)
+    for first in range(0, len(labels), _CHUNK):
+        part = labels[first : first + _CHUNK]
+        starts = column.offsets[part] + depth
+        left = column.offsets[part + 1] - starts
+        key = np.zeros(len(part), dtype=np.uint64)
+        for i in range(_STEP):
+            byte = np.where(left > i, data[np.minimum(starts + i, len(data) - 1)], 0)
+            key = key << np.uint64(8) | byte.astype(np.uint64)
+        keys[first : first + _CHUNK] = key << np.uint64(8) | np.clip(left, 0, _STEP + 1).astype(np.uint64)
+    return keys
+
+
+def _map(folder: Path, file: str, dtype: np.dtype, count: int) -> np.ndarray:
+    found = np.asarray(open_memmap(folder / file, mode="r"))
+    if found.dtype != dtype or found.shape != (count,):
+        raise BundleError(f"labels/{file} is {found.dtype} {list(found.shape)}, expected {dtype} [{count}]")
+    return found

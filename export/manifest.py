@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 MANIFEST = "manifest.json"
-FORMAT, VERSION = "fanin-bundle", 1
+FORMAT, VERSION = "fanin-bundle", 2
 _T = TypeVar("_T")
 
 
@@ -117,7 +117,9 @@ class Manifest:
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:
             raise BundleError(f"is not that of a {FORMAT}")
         if fields.get("version") != VERSION:
-            raise BundleError(f"has format version {fields.get('version')!r}; this fanin reads version {VERSION}")
+            raise BundleError(
+                f"has format version {fields.get('version')!r}; this fanin reads version {VERSION}: export the model again"
+            )
         if _take(fields, "hash", str) != _hash({key: value for key, value in fields.items() if key != "hash"}):
             raise BundleError("is altered: its hash does not match")
         blocks = [

@@ -87,6 +87,8 @@ def prove(
     """
     tolerance = TOLERANCE[encoder_dtype]
     _compare_heads(packed, bundle.head)
+    if not np.array_equal(bundle.places, packed.places()):
+        raise ParityError("the labels' places are not those in the checkpoint's head")
     _compare_labels(labels, bundle)
     session = _session(bundle)
     _compare_shapes(encoder, session, tolerance)

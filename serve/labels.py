@@ -1,67 +1,109 @@
-"""Looking labels up by id or by part of their name, straight in the bundle's files: no index, no memory."""
+"""Labels by id or by part of their name, straight in the bundle's files: no start-up, no memory but the pages that are read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import stringzilla
 
-from export.labels import Column
+from export.bundle import Bundle
+from export.labels import MARK, LabelTable, fold
+from models.kernels import Subset
 
-_CHUNK = 1 << 16  # labels looked at together: a few milliseconds, after which other threads get their turn
+_CHUNK = 1 << 22  # bytes looked through at once, with the GIL held: below a millisecond
+_REST_S = 10e-6  # after which whoever waits for the GIL has got it
+_MATCHES = 10_000  # places of a query that are looked at
+_BETWEEN_WORDS = np.array([chr(byte).isascii() and not chr(byte).isalnum() for byte in range(256)])
 
 
-def find(ids: Column, wanted: Iterable[str]) -> dict[str, int]:
-    """The labels with the wanted ids; an id that no label has is left out."""
-    found = {text: _find(ids, text.encode()) for text in wanted}
-    return {text: label for text, label in found.items() if label is not None}
+class UnknownLabels(ValueError):
+    """No label has some ids of a filter; `unknown` has (list, position in it, id) of each: ("allow", 3, "id")."""
+
+    def __init__(self, unknown: list[tuple[str, int, str]]) -> None:
+        super().__init__(f"no label has id {', '.join(repr(text) for _, _, text in unknown)}")
+        self.unknown = unknown
 
 
-def search(names: Column, query: str, limit: int) -> list[int]:
-    """Up to `limit` labels whose names contain the query, those that begin with it first, each kind in label order.
+class NoLabelLeft(ValueError):
+    """A filter leaves no label to give."""
 
-    ASCII letters match in either case.
+
+@dataclass(frozen=True, slots=True)
+class LabelFilter:
+    """The labels that an answer may give, by id: those in `allow`, all if that is None, without those in `deny`."""
+
+    allow: Sequence[str] | None
+    deny: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.allow or ()) + len(self.deny)
+
+    def subset(self, bundle: Bundle) -> Subset:
+        """These labels of `bundle`. UnknownLabels, NoLabelLeft."""
+        allow, deny = bundle.labels.find(self.allow or ()), bundle.labels.find(self.deny)
+        lists = ("allow", self.allow or (), allow), ("deny", self.deny, deny)
+        if unknown := [(name, i, ids[i]) for name, ids, labels in lists for i in np.flatnonzero(labels < 0).tolist()]:
+            raise UnknownLabels(unknown)
+        subset = Subset.of(bundle.places, None if self.allow is None else allow, deny)
+        if not subset.size(len(bundle.labels)):
+            raise NoLabelLeft("allow and deny leave no label")
+        return subset
+
+
+def search(table: LabelTable, query: str, limit: int) -> list[int]:
+    """Up to `limit` labels whose names contain the query, whatever the case of letters.
+
+    First come names that begin with it, in their order, so that the very name is before all; then those where a word begins
+    with it, then the others, each in label order. Only the first 10,000 places where it occurs are told apart like that.
     """
-    text = query.encode().lower()  # of bytes, this changes ASCII letters only and keeps every position
-    at_start: list[int] = []
-    inside: list[int] = []
-    for label, prefix in _matches(names, text):
-        if prefix:
-            at_start.append(label)
-            if len(at_start) == limit:
-                return at_start
-        elif len(inside) < limit:
-            inside.append(label)
-    return (at_start + inside)[:limit]
+    text = fold(query).encode()
+    found = _beginning_with(table, text, limit)
+    return found + _containing(table, text, limit - len(found), besides=found) if len(found) < limit else found
 
 
-def _matches(names: Column, text: bytes) -> Iterator[tuple[int, bool]]:
-    """Labels whose names contain the text (lower case), in order, and whether they begin with it."""
-    offsets = names.offsets
-    for first in range(0, len(names), _CHUNK):
-        starts = offsets[first : min(first + _CHUNK, len(names)) + 1]
-        base = int(starts[0])
-        chunk = names.bytes[base : int(starts[-1])].lower()
-        at = chunk.find(text)
-        while at >= 0:
-            row = int(np.searchsorted(starts, base + at, side="right")) - 1
-            start, end = int(starts[row]) - base, int(starts[row + 1]) - base
-            if at + len(text) <= end:
-                yield first + row, at == start
-                at = chunk.find(text, end)  # one match per name
-            else:
-                at = chunk.find(text, at + 1)  # it ran over into the next name
+def _beginning_with(table: LabelTable, text: bytes, limit: int) -> list[int]:
+    offsets, text = table.folded.offsets, MARK + text
+
+    def start(label: int) -> bytes:
+        return table.folded.bytes[offsets[label] : min(offsets[label] + len(text), offsets[label + 1])]
+
+    first = bisect_left(table.order, text, key=start)
+    last = bisect_right(table.order, text, lo=first, hi=min(first + limit, len(table)), key=start)
+    return table.order[first:last].tolist()
 
 
-def _find(ids: Column, wanted: bytes) -> int | None:
-    data = np.frombuffer(ids.bytes, dtype=np.uint8)
-    for first in range(0, len(ids), _CHUNK):
-        starts = ids.offsets[first : min(first + _CHUNK, len(ids)) + 1]
-        left = np.flatnonzero(np.diff(starts) == len(wanted))
-        for i, byte in enumerate(wanted):
-            left = left[data[starts[left] + i] == byte]
-            if not left.size:
+def _containing(table: LabelTable, text: bytes, limit: int, besides: list[int]) -> list[int]:
+    words: list[int] = []
+    others: list[int] = []
+    with memoryview(table.folded.bytes) as data:
+        for places in _occurrences(data, text):
+            labels = np.searchsorted(table.folded.offsets, places, side="right") - 1
+            starts_word = _BETWEEN_WORDS[np.frombuffer(data, dtype=np.uint8)[places - 1]]
+            new = ~np.isin(labels, besides)
+            words += labels[new & starts_word].tolist()
+            others += labels[new].tolist()
+            if len(words) >= limit and len(set(words)) >= limit:
                 break
-        if left.size:
-            return first + int(left[0])
-    return None
+    return list(dict.fromkeys(words + others))[:limit]
+
+
+def _occurrences(data: memoryview, text: bytes) -> Iterator[np.ndarray]:
+    """Positions of the text, ascending, a part of the data at a time, up to _MATCHES."""
+    left = _MATCHES
+    for begin in range(0, len(data), _CHUNK):
+        end = min(begin + _CHUNK + len(text) - 1, len(data))
+        found: list[int] = []
+        at = stringzilla.find(data, text, begin, end)
+        while at >= 0 and left:
+            found.append(at)
+            left -= 1
+            at = stringzilla.find(data, text, at + 1, end)
+        if found:
+            yield np.array(found)
+        if not left:
+            return
+        time.sleep(_REST_S)

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from serve.http import schema
 from serve.http.problems import UNREADY, Problem, invalid, responses
-from serve.labels import find, search
+from serve.labels import search
 
 router = APIRouter()
 
@@ -29,19 +29,21 @@ async def labels(
     ] = None,
     query: Annotated[
         str | None,
-        Query(min_length=1, description="Part of the name, ASCII case ignored. Names that begin with it come first."),
+        Query(
+            min_length=1,
+            description="Part of the name, in any case. Names that begin with it come first, then those with a word that does.",
+        ),
     ] = None,
     limit: Annotated[int, Query(ge=1, le=1000, description="Labels to give for a query.")] = 20,
 ) -> Any:
     table = request.app.state.service.engine.bundle.labels
     if query is not None and ids is None:
-        found = await asyncio.to_thread(search, table.names, query, limit)
+        found = await asyncio.to_thread(search, table, query, limit)
     elif ids is not None and query is None:
         wanted = ",".join(ids).split(",")
-        places = await asyncio.to_thread(find, table.ids, wanted)
-        if unknown := [repr(text) for text in wanted if text not in places]:
+        found = (await asyncio.to_thread(table.find, wanted)).tolist()
+        if unknown := [repr(text) for text, label in zip(wanted, found, strict=True) if label < 0]:
             raise Problem(404, "unknown-label", f"there is no label with id {', '.join(unknown)}")
-        found = [places[text] for text in wanted]
     else:
         raise invalid(("ids", "give either ids or query"))
     return {"labels": [{"id": table.id(label), "name": table.name(label)} for label in found]}

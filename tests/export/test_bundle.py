@@ -105,6 +105,8 @@ def test_an_open_bundle_tells_what_it_holds(intact: Path) -> None:
     assert bundle.encoder_file.read_bytes() == ENCODER_BYTES
     assert bundle.tokenizer_file.read_text() == "{}"
     assert (bundle.labels.id(7), bundle.labels.name(7)) == ("id-7", "name 7")
+    assert bundle.labels.find(["id-7", "id-300"]).tolist() == [7, -1]
+    np.testing.assert_array_equal(bundle.places, mixed_head().places())
     on_disk_bytes = sum(file.stat().st_size for file in intact.rglob("*") if file.is_file() and file.name != "manifest.json")
     assert bundle.nbytes == on_disk_bytes
     assert bundle.manifest.component_nbytes["encoder"] == len(ENCODER_BYTES)
@@ -151,7 +153,9 @@ def files(folder: Path) -> list[str]:
 FILES = [
     "encoder.onnx", "head/0.bias.npy", "head/0.label_ids.npy", "head/0.values.npy",
     *(f"head/{block}.{name}.npy" for block in (1, 2) for name in ("bias", "indices", "label_ids", "values")),
-    "labels/ids.bin", "labels/ids.offsets.npy", "labels/names.bin", "labels/names.offsets.npy", "tokenizer.json",
+    "head/places.npy", *(f"labels/{name}.bin" for name in ("folded", "ids", "names")),
+    *(f"labels/{name}.npy" for name in ("folded.offsets", "folded.order", "ids.index", "ids.offsets", "names.offsets")),
+    "tokenizer.json",
 ]  # fmt: skip
 
 
@@ -215,10 +219,10 @@ def test_every_flipped_bit_of_the_manifest_is_refused(bundle: Path) -> None:
         (b"[" * 100_000, "is not readable JSON"),
         (b"[]", "is not that of a fanin-bundle"),
         (b'{"format": "other"}', "is not that of a fanin-bundle"),
-        (b'{"format": "fanin-bundle", "version": 2}', "has format version 2; this fanin reads version 1"),
-        (b'{"format": "fanin-bundle"}', "has format version None; this fanin reads version 1"),
-        (b'{"format": "fanin-bundle", "version": 1}', 'lacks "hash"'),
-        (b'{"format": "fanin-bundle", "version": 1, "hash": "0"}', "is altered: its hash does not match"),
+        (b'{"format": "fanin-bundle", "version": 1}', "has format version 1; .* reads version 2: export the model again"),
+        (b'{"format": "fanin-bundle"}', "has format version None; this fanin reads version 2"),
+        (b'{"format": "fanin-bundle", "version": 2}', 'lacks "hash"'),
+        (b'{"format": "fanin-bundle", "version": 2, "hash": "0"}', "is altered: its hash does not match"),
     ],
 )
 def test_another_manifest_is_refused(bundle: Path, content: bytes, fault: str) -> None:
@@ -306,6 +310,15 @@ def test_what_would_read_beyond_memory_is_refused_though_its_hash_is_right(
     digest = hashlib.sha256((bundle / name).read_bytes()).hexdigest()
     forge(bundle, lambda m: m["files"][name].update(sha256=digest))
     with pytest.raises(BundleError, match=fault):
+        open_bundle(bundle)
+
+
+def test_places_of_another_shape_are_refused_though_their_hash_is_right(bundle: Path) -> None:
+    name = "head/places.npy"
+    np.save(bundle / name, np.zeros(LABELS - 1, dtype=np.uint32))
+    data = (bundle / name).read_bytes()
+    forge(bundle, lambda m: m["files"].update({name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}}))
+    with pytest.raises(BundleError, match=r"head/places\.npy is uint32 \[299\], expected uint32 \[300\]"):
         open_bundle(bundle)
 
 

@@ -52,6 +52,12 @@ def test_a_bundle_equals_its_checkpoint(exported: Path, checkpoint: dict[str, An
     assert parity.precision.keys() == {"P@1", "P@3", "P@5"}
 
 
+def test_places_that_are_not_those_of_the_labels_are_found(exported: Path, checkpoint: dict[str, Any]) -> None:
+    bundle = open_bundle(exported)
+    with pytest.raises(ParityError, match="^the labels' places are not those in the checkpoint's head$"):
+        prove(replace(bundle, places=bundle.places[::-1]), **checkpoint)
+
+
 def test_what_an_int8_encoder_may_be_off_is_too_much_for_fp32(
     checkpoint: dict[str, Any], exported: Path, tmp_path: Path
 ) -> None:
