@@ -17,6 +17,8 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(given["out"])
     try:
         # torch and transformers take seconds to import: --help and a bad flag do not wait for them.
+        from torch import OutOfMemoryError
+
         from models.encoder import EncoderError
         from models.head import HeadError
         from train import report
@@ -53,6 +55,12 @@ def main(argv: list[str] | None = None) -> int:
         return _fail("stopped at once; if a checkpoint was saved before, --resume goes on from it", 130)
     except (settings.SettingsError, DataError, EncoderError, HeadError, CheckpointError, OSError) as error:
         return _fail(str(error), 2)
+    except OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        hint = (
+            "see --micro-batch, --gradient-checkpointing, --encoder-dtype and --head-optimizer, or give it another --batch-size"
+        )
+        return _fail(f"{reason}; {hint}", 2)
     except DivergedError as error:
         return _fail(str(error), 1)
     except StoppedError as stop:

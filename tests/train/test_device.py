@@ -16,12 +16,13 @@ from models.kernels import Optimizer
 from models.kernels.gpu import DeviceBlock, DeviceMoments
 from tests.kernels.cases import Shape, random_block
 from tests.train.tasks import QUICK, assert_same_training, run
-from train import prepare
+from train import prepare, report
 from train.compute import OnGpu
 from train.connections import HostLists
 from train.gpu_connections import DeviceLists
 from train.head import HeadTraining
 from train.settings import Settings
+from train.trainer import Trainer
 from train.watch import NotFiniteError, Watch
 
 
@@ -113,6 +114,27 @@ def test_a_lazy_watch_tells_the_first_step_when_asked():
     eager.see("the loss", 0, fine)
     with pytest.raises(NotFiniteError, match="the loss is not finite"):
         eager.see("the loss", 1, broken)
+
+
+def test_a_gpu_without_room_is_one_line(task, tmp_path, monkeypatch, capsys):
+    def refuse(self, rows):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB.")
+
+    monkeypatch.setattr(Trainer, "_step", refuse)
+    assert run(task, tmp_path / "run", *QUICK) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("python -m train: error: CUDA out of memory; see --micro-batch, --gradient-checkpointing")
+
+
+def test_the_report_tells_the_memory_of_a_gpu(task, tmp_path):
+    out = tmp_path / "run"
+    assert run(task, out, *QUICK, "--epochs", "1") == 0
+    assert "GPU memory" not in (out / "report.html").read_text()
+    stage = {"kind": "stage", "step": 19, "stage": "training", "seconds": 1, "peak_memory_mb": 1, "device_peak_memory_mb": 4321}
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(stage) + "\n")
+    report.write([out], tmp_path / "report.html")
+    assert "4.32 GB" in (tmp_path / "report.html").read_text()
 
 
 def test_devices_have_names_in_the_record(monkeypatch):

@@ -64,6 +64,11 @@ class Record:
         return max((row["peak_memory_mb"] for row in self.rows if "peak_memory_mb" in row), default=0.0)
 
     @property
+    def device_peak_memory_mb(self) -> float:
+        """0 for a run on a CPU."""
+        return max((row["device_peak_memory_mb"] for row in self.rows if "device_peak_memory_mb" in row), default=0.0)
+
+    @property
     def state(self) -> str:
         """ "finished", or how far the run has come."""
         epochs = self.config["settings"]["epochs"]

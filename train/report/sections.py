@@ -77,11 +77,15 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
         tiles += [(metric, number(row[metric]), where) for metric in ("P@1", "P@5", "PSP@1", "coverage@5") if metric in row]
     times = record.dense_bytes / record.sparse_bytes
     compared = f"1/{times:.1f} of a dense fp32 head" if times >= 1 else f"{1 / times:.1f} times a dense fp32 head"
+    on_gpu = (
+        [("GPU memory", size(record.device_peak_memory_mb * 1e6), "peak of any stage")] if record.device_peak_memory_mb else []
+    )
     return [
         *tiles,
         ("Head", size(record.sparse_bytes), compared),
         ("Time", duration(record.seconds), "training, evaluation, checkpoints"),
         ("Peak memory", size(record.peak_memory_mb * 1e6), "resident, of any stage"),
+        *on_gpu,
     ]
 
 
