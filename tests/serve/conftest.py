@@ -10,14 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 import uvicorn
 
-from export.bundle import open_bundle, write_bundle
-from export.encoder import export_encoder, export_tokenizer
-from models.encoder import Encoder, EncoderConfig
-from models.head import Block, Head
+from export.bundle import open_bundle
 from models.kernels import cpu
 from serve.engine import CpuEngine, Engine
 from serve.http.app import create_app
@@ -26,32 +22,13 @@ from serve.http.protocol import configuration
 from serve.metrics import Metrics
 from serve.service import Service
 from serve.settings import Settings
-from tests.serve.harness import LABELS, MAX_LENGTH, TEXTS, Local, Process, Serving, TouchyEngine
+from tests.serve.harness import LABELS, Local, Process, Serving, TouchyEngine, make_bundle
 
 
 @pytest.fixture(scope="session")
 def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two blocks (dense and shared) over 500 labels; label i has the id "t-i" and is called "topic i"."""
-    path = tmp_path_factory.mktemp("serve") / "bundle"
-    config = EncoderConfig("mean", MAX_LENGTH, intermediate=96)
-    encoder = Encoder.small(TEXTS * 5, config, vocabulary=200, width=32, layers=1, heads=2, seed=1)
-    rng = np.random.default_rng(2)
-    every = rng.permutation(LABELS).astype(np.int32)
-    blocks = (
-        Block.random(every[:20], width=96, connectivity="dense", fan_in=96, group_size=16, rng=rng),
-        Block.random(every[20:], width=96, connectivity="shared", fan_in=24, group_size=32, dtype="bf16", rng=rng),
-    )
-    write_bundle(
-        path,
-        name="topics",
-        head=Head(96, LABELS, blocks),
-        labels=((f"t-{i}", f"topic {i}") for i in range(LABELS)),
-        tokenizer=export_tokenizer(encoder),
-        max_length=MAX_LENGTH,
-        write_encoder=lambda file: export_encoder(encoder, file),
-        metrics={"test": {"P@1": 0.5}},
-    )
-    return path
+    return make_bundle(tmp_path_factory.mktemp("serve") / "bundle", name="topics", labels=LABELS, width=96)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,10 @@ from typing import Any
 import httpx
 import numpy as np
 
-from export.bundle import open_bundle
+from export.bundle import open_bundle, write_bundle
+from export.encoder import export_encoder, export_tokenizer
+from models.encoder import Encoder, EncoderConfig
+from models.head import Block, Head
 from serve.engine import CpuEngine
 from serve.service import Service
 
@@ -42,6 +45,29 @@ def problem_of(response: httpx.Response, status: int, kind: str) -> dict[str, An
     assert problem["detail"]
     assert problem["request_id"] == response.headers["x-request-id"]
     return problem
+
+
+def make_bundle(path: Path, name: str, labels: int, width: int) -> Path:
+    """A bundle with two blocks (dense and shared); label i has the id "t-i" and is called "topic i"."""
+    config = EncoderConfig("mean", MAX_LENGTH, intermediate=width)
+    encoder = Encoder.small(TEXTS * 5, config, vocabulary=200, width=32, layers=1, heads=2, seed=1)
+    rng = np.random.default_rng(2)
+    every = rng.permutation(labels).astype(np.int32)
+    blocks = (
+        Block.random(every[:20], width=width, connectivity="dense", fan_in=width, group_size=16, rng=rng),
+        Block.random(every[20:], width=width, connectivity="shared", fan_in=24, group_size=32, dtype="bf16", rng=rng),
+    )
+    write_bundle(
+        path,
+        name=name,
+        head=Head(width, labels, blocks),
+        labels=((f"t-{i}", f"topic {i}") for i in range(labels)),
+        tokenizer=export_tokenizer(encoder),
+        max_length=MAX_LENGTH,
+        write_encoder=lambda file: export_encoder(encoder, file),
+        metrics={"test": {"P@1": 0.5}},
+    )
+    return path
 
 
 class Process:
