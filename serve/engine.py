@@ -134,8 +134,10 @@ def _open_encoder(bundle: Bundle, threads: int) -> ort.InferenceSession:
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False  # it plans memory per shape and keeps each plan
     options.log_severity_level = 3
-    # Its pool may spin between a run's operators (a quarter faster for one text) but not after it: the head needs the cores.
+    # Its pool may spin between a run's operators (a quarter faster for one text), not long (while a thread that was interrupted
+    # catches up, the event loop can use the core) and not after the run: the head needs the cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "200")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = ort.InferenceSession(bundle.encoder_file, options, providers=[_PROVIDER], disabled_optimizers=_SLOW_FUSIONS)
