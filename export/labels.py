@@ -55,16 +55,21 @@ class LabelTable:
 
     def find(self, ids: Sequence[str]) -> np.ndarray:
         """int32 [n]: the label with each id, the first if several have it; −1 where none has. About 2 µs an id."""
+        wanted = [text.encode(errors="surrogatepass") for text in ids]  # half a surrogate pair is in no label's id
         shift = np.uint64(_label_bits(len(self)))
-        hashes = _hashes(ids) >> shift
-        found = np.full(len(ids), -1, dtype=np.int32)
-        for i, at in enumerate(np.searchsorted(self._index, hashes << shift).tolist()):
-            while at < len(self) and self._index[at] >> shift == hashes[i]:
-                label = int(self._index[at] & ~(~np.uint64(0) << shift))
-                if self.ids[label] == ids[i]:
-                    found[i] = label
-                    break
-                at += 1
+        hashes = np.fromiter(map(_hash, wanted), dtype=np.uint64, count=len(wanted)) >> shift
+        found = np.full(len(wanted), -1, dtype=np.int32)
+        at = np.searchsorted(self._index, hashes << shift)
+        left = np.arange(len(wanted))
+        while left.size:  # a second time only for ids whose hash another id has, too
+            left = left[at[left] < len(self)]
+            entries = self._index[at[left]]
+            same = entries >> shift == hashes[left]
+            left, labels = left[same], (entries[same] - (hashes[left][same] << shift)).astype(np.int64)
+            right = self.ids.equal(labels, [wanted[i] for i in left.tolist()])
+            found[left[right]] = labels[right]
+            left = left[~right]
+            at[left] += 1
         return found
 
 
@@ -91,6 +96,11 @@ class Column:
         if not 0 <= label < len(self):
             raise IndexError(f"label {label}: there are {len(self)}")
         return self.bytes[self.offsets[label] : self.offsets[label + 1]].decode()
+
+    def equal(self, labels: np.ndarray, texts: Sequence[bytes]) -> np.ndarray:
+        """bool [n]: whether the strings of `labels` [n] are these texts."""
+        places = zip(self.offsets[labels].tolist(), self.offsets[labels + 1].tolist(), texts, strict=True)
+        return np.fromiter((self.bytes[start:end] == text for start, end, text in places), dtype=bool, count=len(texts))
 
 
 def fold(text: str) -> str:
@@ -132,11 +142,6 @@ def write_labels(folder: Path, labels: Iterable[tuple[str, str]]) -> int:
 
 def _hash(data: bytes) -> int:
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
-
-
-def _hashes(ids: Sequence[str]) -> np.ndarray:
-    """uint64 [n]; half a surrogate pair is in no label's id."""
-    return np.fromiter((_hash(text.encode(errors="surrogatepass")) for text in ids), dtype=np.uint64, count=len(ids))
 
 
 def _label_bits(n_labels: int) -> int:
