@@ -23,6 +23,7 @@ def create_app(service: Service, keys: ApiKeys, tracing: Tracing | None = None) 
         description=docs.DESCRIPTION,
         version=versions()["fanin"],
         openapi_url=None,  # serve.http.docs has it
+        redirect_slashes=False,  # it would build addresses from whatever Host says
     )
     app.state.service = service
     for routes in (predict, labels, status, open_inference, docs, page):

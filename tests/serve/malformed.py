@@ -192,7 +192,7 @@ def _nowhere(rng: random.Random) -> Malformed:
             "/v2/models/topics/versions/1", "/labels?ids=none", "/.env", "/docs/" + "a" * 5000,
         ]
     )  # fmt: skip
-    return _of("nowhere", (_HEAD.format("GET", path) + "\r\n").encode(), 404, 405, 307)
+    return _of("nowhere", (_HEAD.format("GET", path) + "\r\n").encode(), 404, 405)
 
 
 def _method(rng: random.Random) -> Malformed:

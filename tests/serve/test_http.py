@@ -196,6 +196,7 @@ def test_too_large_a_body_is_413_whether_announced_or_not(client: httpx.Client) 
 
 def test_unknown_paths_and_methods(client: httpx.Client) -> None:
     problem_of(client.get("/nothing/here"), 404, "not-found")
+    problem_of(client.get("/livez/"), 404, "not-found")
     response = client.get("/predict")
     problem_of(response, 405, "method-not-allowed")
     assert response.headers["allow"] == "POST"
