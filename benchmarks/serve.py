@@ -9,7 +9,8 @@ phases, in this order; --only picks some:
   overload   requests due at --overload times the capacity: who is accepted, who gets 429, how soon, and how much memory
   reload     --reloads reloads by SIGHUP under the clients' load
   drain      SIGTERM under the clients' load
-  dense      the first two phases for the dense server, right after each of ours, and the ratios
+  dense      the first two phases for the dense server, right after each of ours, and the ratios; with more clients than one
+             also for that server with requests predicted in batches, which a plain one does not do
 
 Text lengths: --tokens N makes every text N tokens long, --tokens mixed draws from a log-normal distribution (median 24, a tenth
 above 87). --record appends a row per phase to benchmarks/results/serve.jsonl.
@@ -71,21 +72,20 @@ class _Run:
         given, phases = self._given, self._given.only
         with ExitStack() as stack:
             flags = shlex.split(given.serve_flags)
-            servers = [_start(stack, "fanin", "serve", str(given.bundle), "--port", "0", *flags)]
+            fanin = _start(stack, "fanin", "serve", str(given.bundle), "--port", "0", *flags)
+            dense = None
             if "dense" in phases:
-                dense = (str(given.bundle), "--encoder", given.encoder)
-                servers.append(_start(stack, "dense", "benchmarks.dense_server", *dense))
-            fanin = servers[0]
-            for server in servers:
-                server.post(self._bodies[0])
+                dense = _start(stack, "dense", "benchmarks.dense_server", str(given.bundle), "--encoder", given.encoder)
             ratios: measure.Row = {}
             for phase, clients in (("alone", 1), ("clients", given.clients)):
-                if phase in phases or "dense" in phases or (phase == "clients" and self._needs_capacity()):
-                    rates = [self._closed(phase, server, clients) for server in servers]
+                if phase in phases or dense is not None or (phase == "clients" and self._needs_capacity()):
+                    rate = self._closed(phase, fanin, clients, given.seconds)
                     if phase == "clients":
-                        self._capacity = rates[0]
-                    if len(rates) > 1:
-                        ratios[f"{phase}_requests_per_s_ratio"] = rates[0] / rates[1]
+                        self._capacity = rate
+                    if dense is not None:
+                        for path in ("/predict", "/predict-batched")[: 1 if clients == 1 else 2]:
+                            dense_rate = self._closed(phase, dense, clients, given.dense_s, path)
+                            ratios[f"{phase}{path.removeprefix('/predict')}_ratio"] = rate / dense_rate
             if ratios:
                 self._report({"phase": "dense", "server": "fanin", **ratios})
             if "open" in phases:
@@ -101,11 +101,13 @@ class _Run:
     def _needs_capacity(self) -> bool:
         return self._capacity is None and bool({"open", "overload"} & set(self._given.only))
 
-    def _closed(self, phase: str, server: ServerProcess, clients: int) -> float:
-        seconds = self._given.dense_s if server.name == "dense" else self._given.seconds
-        plan = plan_for(server, self._bodies, seconds, clients=clients)
+    def _closed(self, phase: str, server: ServerProcess, clients: int, seconds: float, path: str = "/predict") -> float:
+        plan = plan_for(server, self._bodies, seconds, path, clients=clients)
         row = run_load(server, plan, every_s=1 if clients > 1 else _HOUR_S)  # a look at /metrics would hold up the one client
-        self._report({"phase": phase, "server": server.name, "clients": clients, **row})
+        name = server.name + path.removeprefix("/predict")
+        if not row["requests_per_s"]:
+            raise ServerError(f"{name} answered nothing within {seconds:.0f} s")
+        self._report({"phase": phase, "server": name, "clients": clients, **row})
         return float(row["requests_per_s"])
 
     def _open(self, phase: str, server: ServerProcess, share: float, seconds: float) -> None:
@@ -180,7 +182,7 @@ def _text(tokenizer: TextTokenizer, words: list[str], length: int, rng: np.rando
 def describe(row: dict[str, Any]) -> str:
     """A phase's row for people, on a few lines."""
     if row["phase"] == "dense":
-        ratios = [f"{name.partition('_')[0]} {value:.1f}×" for name, value in row.items() if name.endswith("_ratio")]
+        ratios = [f"{name.removesuffix('_ratio')} {value:.1f}×" for name, value in row.items() if name.endswith("_ratio")]
         return f"dense    requests/s of fanin over those of dense: {', '.join(ratios)}"
     offered = f"{row['clients']} clients" if "clients" in row else f"{row['rate']:.0f} requests/s due"
     lines = [f"{row['phase']:9}{row['server']}, {offered}: {row['requests_per_s']:.1f} requests/s answered 200"]

@@ -169,11 +169,12 @@ def run_load(
     return summary | _means(before, server.metrics())
 
 
-def plan_for(server: ServerProcess, bodies: list[str], seconds: float, **load: Any) -> Plan:
+def plan_for(server: ServerProcess, bodies: list[str], seconds: float, path: str = "/predict", **load: Any) -> Plan:
+    """A load on one of the server's paths; `load` is what else a Plan has."""
     address = urlsplit(server.url)
     assert address.hostname is not None
     assert address.port is not None
-    return Plan(host=address.hostname, port=address.port, path="/predict", bodies=bodies, seconds=seconds, **load)
+    return Plan(host=address.hostname, port=address.port, path=path, bodies=bodies, seconds=seconds, **load)
 
 
 def _means(before: dict[tuple[str, str], float], after: dict[tuple[str, str], float]) -> dict[str, float]:
