@@ -13,7 +13,7 @@ import numpy as np
 
 from models.head import Block, Head
 from models.kernels.step import MOMENTS, Loss, Moments, Optimizer, Positives, check_rule, rounding_key
-from models.kernels.subset import Subset
+from models.kernels.subset import Subset, check_allowed
 
 __all__ = [
     "Loss", "Moments", "Optimizer", "Positives", "Subset", "grad_input", "grad_values", "rounding_key", "scores", "topk",
@@ -33,7 +33,7 @@ def topk(x: np.ndarray, head: Head, k: int, allowed: Sequence[Subset | None] | N
     if k < 1:
         raise ValueError(f"k is {k}, must be at least 1")
     if allowed is not None:
-        _check_allowed(allowed, head, len(x))
+        check_allowed(allowed, len(x), sum(block.bias.size for block in head.blocks))
     return _compiled().topk(x, head, min(k, head.n_labels), allowed)
 
 
@@ -104,15 +104,6 @@ def _input(x: np.ndarray, width: int) -> np.ndarray:
     if not np.isfinite(x).all():
         raise ValueError(f"x row {np.argwhere(~np.isfinite(x))[0][0]} has a value that is not finite")
     return np.ascontiguousarray(x)
-
-
-def _check_allowed(allowed: Sequence[Subset | None], head: Head, rows: int) -> None:
-    if len(allowed) != rows:
-        raise ValueError(f"allowed has {len(allowed)} entries, x has {rows} rows")
-    slots = sum(block.bias.size for block in head.blocks)
-    for row, subset in enumerate(allowed):
-        if subset is not None and (subset.places[-1:] >= slots).any():
-            raise ValueError(f"allowed of row {row} names place {subset.places[-1]}, the head has {slots} slots")
 
 
 def _gradient(grad: np.ndarray, block: Block) -> np.ndarray:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,3 +40,12 @@ class Subset:
 
 
 EVERY = Subset(np.empty(0, dtype=np.int64), excluded=True)
+
+
+def check_allowed(allowed: Sequence[Subset | None], rows: int, slots: int) -> None:
+    """ValueError unless there is an entry for each of the rows, and every place is among the head's slots."""
+    if len(allowed) != rows:
+        raise ValueError(f"allowed has {len(allowed)} entries, x has {rows} rows")
+    for row, subset in enumerate(allowed):
+        if subset is not None and (subset.places[-1:] >= slots).any():
+            raise ValueError(f"allowed of row {row} names place {subset.places[-1]}, the head has {slots} slots")

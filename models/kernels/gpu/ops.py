@@ -5,8 +5,10 @@ Dimensions: B batch, D width, L labels, N groups, K fan-in, G group size; KB inp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -14,17 +16,18 @@ from torch import Tensor
 from models.kernels.gpu import backward, score
 from models.kernels.gpu.head import DeviceBlock, DeviceHead
 from models.kernels.gpu.launch import INTERPRETED, Config, choose, labels_at_once, power_of_two, run
+from models.kernels.subset import EVERY, Subset, check_allowed
 
 _MAXIMA = 1 << 28  # scores of tiles held at once; more rows are taken in parts
 _SAMPLE = 1 << 14  # groups that trials run on
 
 
-def topk(x: Tensor, head: DeviceHead, k: int) -> tuple[Tensor, Tensor]:
+def topk(x: Tensor, head: DeviceHead, k: int, allowed: Sequence[Subset | None] | None = None) -> tuple[Tensor, Tensor]:
     """The k best labels per row of x [B, D], exactly: scores fp32 [B, k] descending, label ids int32 [B, k].
 
     Every k best label is in one of the k tiles of labels with the largest maxima: so those are found first, and only their
     labels are compared. Memory is [B, L / tile] fp32, a tile being up to 64 labels, and little more. Equal scores come in any
-    order. With fewer than k labels, all of them.
+    order. With fewer than k labels, all of them. `allowed` as in models.kernels; it costs L / 8 bytes a row.
     """
     check_input(x, head.width)
     if k < 1:
@@ -32,34 +35,56 @@ def topk(x: Tensor, head: DeviceHead, k: int) -> tuple[Tensor, Tensor]:
     k = min(k, head.n_labels)
     columns = sum(block.groups * (block.group_size // _labels(block, x)) for block in head.blocks)
     rows = max(16, _MAXIMA // max(1, columns) // 16 * 16)
-    parts = [_topk(part, head, k, columns) for part in x.split(rows)]
+    bits = None
+    if allowed is not None:
+        slots = sum(block.bias.numel() for block in head.blocks)
+        check_allowed(allowed, len(x), slots)
+        bits = _bits(allowed, slots, x.device)
+    parts = [_topk(part, head, k, columns, None if bits is None else bits[i * rows :]) for i, part in enumerate(x.split(rows))]
     return (
         (torch.cat([scores for scores, _ in parts]), torch.cat([labels for _, labels in parts])) if len(parts) > 1 else parts[0]
     )
 
 
-def _topk(x: Tensor, head: DeviceHead, k: int, columns: int) -> tuple[Tensor, Tensor]:
+def _topk(x: Tensor, head: DeviceHead, k: int, columns: int, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
     B = len(x)
     maxima = x.new_empty((B, columns), dtype=torch.float32)
-    first, starts = 0, []
+    first, place, starts = 0, 0, []
     for block in head.blocks:
-        starts.append(first)
+        starts.append((first, place))
         tiles = block.groups * (block.group_size // _labels(block, x))
         if tiles and B:
-            _maxima(x, block, maxima[:, first : first + tiles])
+            _maxima(x, block, maxima[:, first : first + tiles], allowed, place)
         first += tiles
+        place += block.groups * block.group_size
     per_row = min(k, columns)
     chosen = torch.topk(maxima, per_row, dim=1, sorted=False).indices
     slots = max(_labels(block, x) for block in head.blocks)
     found = x.new_full((B, per_row, slots), float("-inf"), dtype=torch.float32)
     labels = x.new_full((B, per_row, slots), -1, dtype=torch.int32)
-    for block, start in zip(head.blocks, starts, strict=True):
-        _rescore(x, block, chosen, start, found, labels)
+    for block, (first, place) in zip(head.blocks, starts, strict=True):
+        _rescore(x, block, chosen, first, found, labels, allowed, place)
     best, at = torch.topk(found.flatten(1), k, dim=1)
-    return best, labels.flatten(1).gather(1, at)
+    answer = labels.flatten(1).gather(1, at)
+    return best, answer if allowed is None else answer.masked_fill(best.isneginf(), -1)
 
 
-def _maxima(x: Tensor, block: DeviceBlock, maxima: Tensor) -> None:
+def _bits(allowed: Sequence[Subset | None], slots: int, device: torch.device) -> Tensor:
+    """int32 [B, words]: bit i of word j of a row says whether it may give the label in place 32 · j + i."""
+    words = triton.cdiv(slots, 32)
+    subsets = [EVERY if subset is None else subset for subset in allowed]
+    at = [row * words + (subset.places >> 5) for row, subset in enumerate(subsets)]
+    bit = [(1 << (subset.places & 31)).astype(np.uint32) for subset in subsets]
+    bits = torch.zeros(len(subsets) * words, dtype=torch.int32, device=device)
+    if subsets:
+        listed, one = torch.from_numpy(np.concatenate(at)), torch.from_numpy(np.concatenate(bit).view(np.int32))
+        bits.index_add_(0, listed.to(device), one.to(device))  # places are distinct: a sum of bits sets each of them
+    bits = bits.view(len(subsets), words)
+    excluded = torch.tensor([subset.excluded for subset in subsets], dtype=torch.bool, device=device)
+    return torch.where(excluded[:, None], ~bits, bits)
+
+
+def _maxima(x: Tensor, block: DeviceBlock, maxima: Tensor, allowed: Tensor | None, place: int) -> None:
     """maxima [B, tiles], a view of rows that may be longer, from x [B, D]."""
     dtype, GT = block.compute_type(x.dtype), _labels(block, x)
     BM = _rows(len(x), dtype, block)
@@ -75,22 +100,24 @@ def _maxima(x: Tensor, block: DeviceBlock, maxima: Tensor) -> None:
     def launch(config: Config, block: DeviceBlock = block) -> None:
         tiles = block.groups * (block.group_size // GT)
         arguments = {
-            "xt": xt, **_buffers(block), "maxima": maxima, "B": len(x), "ldx": xt.shape[1], "columns": maxima.stride(0),
-            "tiles": tiles,
+            "xt": xt, **_buffers(block), "allowed": allowed, "maxima": maxima, "B": len(x), "ldx": xt.shape[1],
+            "columns": maxima.stride(0), "tiles": tiles, "words": 0 if allowed is None else allowed.stride(0), "place": place,
         }  # fmt: skip
         programs = triton.cdiv(tiles, config.sizes["SPAN"]) * triton.cdiv(len(x), BM)
         run(score.tile_maxima, programs, arguments, constants, config)
 
-    problem = ("maxima", block.dtype, dtype, *constants.values())
+    problem = ("maxima", block.dtype, dtype, allowed is None, *constants.values())
     launch(choose(x, problem, configs, lambda: lambda config: launch(config, block.part(slice(_SAMPLE)))))
 
 
-def _rescore(x: Tensor, block: DeviceBlock, chosen: Tensor, first: int, found: Tensor, labels: Tensor) -> None:
+def _rescore(
+    x: Tensor, block: DeviceBlock, chosen: Tensor, first: int, found: Tensor, labels: Tensor, allowed: Tensor | None, place: int
+) -> None:
     GT = _labels(block, x)
     arguments = {
-        "x": x.to(block.compute_type(x.dtype)).contiguous(), "chosen": chosen, **_buffers(block), "out": found,
-        "labels": labels, "first": first, "tiles": block.groups * (block.group_size // GT), "width": block.width,
-        "per_row": chosen.shape[1],
+        "x": x.to(block.compute_type(x.dtype)).contiguous(), "chosen": chosen, **_buffers(block), "allowed": allowed,
+        "out": found, "labels": labels, "first": first, "tiles": block.groups * (block.group_size // GT), "width": block.width,
+        "per_row": chosen.shape[1], "words": 0 if allowed is None else allowed.stride(0), "place": place,
     }  # fmt: skip
     constants = _constants(block) | {"GT": GT, "KB": power_of_two(block.fan_in, 1, 64), "SLOTS": found.shape[2]}
     run(score.chosen_scores, chosen.numel(), arguments, constants, Config({}, 4, stages=1))

@@ -96,12 +96,24 @@ def finished(z, n, g, scales, bias, label_ids, G: tl.constexpr):
 
 
 @triton.jit
+def if_allowed(z, place, row, allowed, words, mask):
+    """z, or −∞ where the bit of a label's place is not set in its row of `allowed` [B, words]; None allows every label."""
+    if allowed is not None:
+        bits = fetch(allowed + row.to(tl.int64) * words + (place >> 5), mask)
+        z = tl.where((bits >> (place & 31).to(tl.int32)) & 1 != 0, z, float("-inf"))
+    return z
+
+
+@triton.jit
 def tile_maxima(
-    xt, values, scales, bias, label_ids, indices, maxima, B, ldx, columns, tiles,
+    xt, values, scales, bias, label_ids, indices, allowed, maxima, B, ldx, columns, tiles, words, place,
     K: tl.constexpr, G: tl.constexpr, GT: tl.constexpr, KB: tl.constexpr, BM: tl.constexpr, SPAN: tl.constexpr,
     CONNECTIVITY: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """maxima[b, tile], a row being `columns` long: the best score of each tile. A program takes SPAN tiles of BM rows."""
+    """maxima[b, tile], a row being `columns` long: the best allowed score of each tile. A program takes SPAN tiles of BM rows.
+
+    The block's slots are the places from `place` on.
+    """
     # Programs of the same tiles follow each other, so that weights come from L2 for all but the first.
     slices = tl.cdiv(B, BM)
     b = (tl.program_id(0) % slices) * BM + tl.arange(0, BM)
@@ -111,6 +123,7 @@ def tile_maxima(
         g = (tile % (G // GT)) * GT + tl.arange(0, GT)
         z = tile_products(xt, ldx, values, indices, n, g, b, K, G, GT, KB, BM, CONNECTIVITY, FP8)
         z = finished(z, n, g, scales, bias, label_ids, G)
+        z = if_allowed(z, (place + n * G + g)[:, None], b[None, :], allowed, words, (b < B)[None, :])
         tl.store(maxima + b.to(tl.int64) * columns + tile, tl.max(z, axis=0), mask=b < B)
 
 
@@ -134,7 +147,7 @@ def tile_scores(
 
 @triton.jit
 def chosen_scores(
-    x, chosen, values, scales, bias, label_ids, indices, out, labels, first, tiles, width, per_row,
+    x, chosen, values, scales, bias, label_ids, indices, allowed, out, labels, first, tiles, width, per_row, words, place,
     K: tl.constexpr, G: tl.constexpr, GT: tl.constexpr, KB: tl.constexpr, SLOTS: tl.constexpr,
     CONNECTIVITY: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
@@ -164,6 +177,7 @@ def chosen_scores(
             w = stored(values, elements, mask[:, None], FP8).to(x.dtype.element_ty)
             z += tl.sum(w.to(tl.float32) * read.to(tl.float32), axis=0)
         z = tl.reshape(finished(z[:, None], n, g, scales, bias, label_ids, G), [GT])
+        z = if_allowed(z, place + n * G + g, at // per_row, allowed, words, None)
         to = at * SLOTS + tl.arange(0, GT)
         tl.store(out + to, z)
         tl.store(labels + to, tl.load(label_ids + n * G + g))

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from models.kernels import Optimizer, gpu
+from models.kernels import Optimizer, Subset, gpu
 from models.kernels.gpu import DeviceBlock, DeviceHead, DeviceMoments, DevicePositives
 from models.kernels.gpu.launch import INTERPRETED
 from tests.kernels.cases import Shape, random_block
@@ -69,6 +70,15 @@ def test_topk(connectivity: str, dtype: str, inputs: str, capability: int, monke
     head, x = DeviceHead(block.width, 128, (block,)), an_input(64, block, inputs)
     cores = connectivity != "private" and inputs != "fp32"
     assert_fits(lambda: gpu.topk(x, head, 10), monkeypatch, capability, cores, every_config=dtype == "bf16")
+
+
+@each_target
+@pytest.mark.parametrize("connectivity", ["shared", "private"])
+def test_topk_within_subsets(connectivity: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = a_block(connectivity, "bf16")
+    head, x = DeviceHead(block.width, 128, (block,)), an_input(64, block, "bf16")
+    allowed = [Subset(np.arange(20)), None] * 32
+    assert_fits(lambda: gpu.topk(x, head, 10, allowed), monkeypatch, capability, tensor_cores=connectivity != "private")
 
 
 @each_target

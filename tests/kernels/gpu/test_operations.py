@@ -29,6 +29,7 @@ from tests.kernels.cases import (
     random_input,
     random_positives,
 )
+from tests.kernels.test_subset import allowed_labels, random_subsets
 from tests.kernels.test_train_step import exact_problem, optimizer_for
 
 pytestmark = [
@@ -109,6 +110,29 @@ def test_topk_of_several_blocks(k: int, types: tuple[str, str]) -> None:
         assert len(set(labels[row])) == labels.shape[1]
         np.testing.assert_allclose(every[row, labels[row]], scores[row], atol=1e-5)
     assert (labels == order).mean() > 0.9
+
+
+@types
+@pytest.mark.parametrize("k", [5, 200])
+def test_topk_within_subsets(k: int, types: tuple[str, str]) -> None:
+    """Rows of one batch with every kind of subset; where fewer than k labels may be given, −∞ and −1 follow."""
+    values, inputs = types
+    blocks, first = [], 0
+    for connectivity, size, G in (("dense", 20, 16), ("shared", 75, 48), ("private", 70, 64)):
+        blocks.append(random_block(Shape(9, 33, size, 7, G), connectivity, values, seed=G, first=first))
+        first += size
+    head, x = head_of(*blocks), rounded(random_input(Shape(9, 33, 0, 0, 0)), inputs)
+    allowed = random_subsets(head, 9)
+    scores, labels = (t.cpu().numpy() for t in gpu.topk(tensor(x, inputs), DeviceHead.of(head, DEVICE), k, allowed))
+    truth, order = reference.topk(x, head, k, allowed=allowed)
+    plain, _ = reference.topk(x, head, k, np.float32, allowed=allowed)
+    assert_close(scores, plain, truth, "scores", roundings=8)
+    np.testing.assert_array_equal(labels == -1, order == -1)
+    assert (labels == order).mean() > 0.9
+    for row, subset in enumerate(allowed):
+        given = labels[row][labels[row] >= 0]
+        assert len(set(given.tolist())) == len(given)
+        assert allowed_labels(head, subset)[given].all()
 
 
 @each_connectivity
