@@ -70,6 +70,8 @@ class GpuEngine(Engine):
             self._encoder = TorchEncoder(bundle, self._encoding)
         self._search = Search(bundle.head, device)
         self._batches: list[int] = []  # sizes that are recorded, ascending
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # what was copied there was not copied in a lane
 
     def encode(self, sequences: Sequence[Sequence[int]]) -> Embeddings:
         with self._encoding():
@@ -83,9 +85,7 @@ class GpuEngine(Engine):
         L = self.bundle.manifest.labels
         with self._searching():
             there = x.tensor() if isinstance(x, Embeddings) else torch.from_numpy(x).to(self._place)
-            if allowed is None:
-                there = torch.nn.functional.pad(there, (0, 0, 0, self._rows(len(x)) - len(x)))
-            scores, labels = (part[: len(x)].numpy(force=True) for part in self._search(there, k, allowed))
+            scores, labels = (part.numpy(force=True) for part in self._search(there, k, allowed))
         wanted = [min(k, L if subset is None else subset.size(L)) for subset in allowed or [None] * len(x)]
         bad = (np.isfinite(scores) & (labels >= 0)).sum(axis=1) < wanted
         if bad.any():

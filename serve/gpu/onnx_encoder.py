@@ -71,6 +71,7 @@ class OnnxEncoder:
 def _open(bundle: Bundle, lane: Lane, provider: str, profile: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # only arithmetic of shapes is left for the CPU
     options.enable_mem_pattern = False  # it plans memory per shape and keeps each plan
     options.enable_profiling = True  # until end_profiling()
     options.profile_file_prefix = str(profile)

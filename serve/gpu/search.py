@@ -27,10 +27,15 @@ class Search:
         self._head = DeviceHead.of(head, device)
         self._device = device
         self._graphs = Graphs(lambda x: gpu.topk(x, self._head, _RECORDED_K))
+        self._sizes: list[int] = []  # of recorded batches, ascending
 
     def record(self, count: int) -> None:
-        """From now on batches of `count` rows, padded ones among them, take one launch."""
-        self._graphs.record(torch.zeros(count, self._head.width, device=self._device))
+        """Compiles all that a search for `count` rows may need, and makes it one launch. Call it with ascending counts."""
+        x = torch.zeros(count, self._head.width, device=self._device)
+        for k in (1, 2, _RECORDED_K):  # Triton compiles arguments of 1, and multiples of 16, apart
+            gpu.topk(x, self._head, k)
+        self._graphs.record(x)
+        self._sizes.append(count)
 
     def __call__(self, x: Tensor, k: int, allowed: Sequence[Subset | None] | None) -> tuple[Tensor, Tensor]:
         """Scores fp32 [B, k] descending and labels int32 [B, k] of x fp32 [B, D], fewer if L is; gone with the next call.
@@ -39,20 +44,26 @@ class Search:
         as padding: exact, and as fast as the head is read.
         """
         if allowed is None:
-            if k > _RECORDED_K:
-                return gpu.topk(x, self._head, k)
-            scores, labels = self._graphs.replay(x)
-            return scores[:, :k], labels[:, :k]
+            rows = self._padded(x)
+            scores, labels = self._graphs.replay(rows) if k <= _RECORDED_K else gpu.topk(rows, self._head, k)
+            return scores[: len(x), :k], labels[: len(x), :k]
         k = min(k, self._head.n_labels)
         scores = x.new_empty((len(x), k))
         labels = torch.empty((len(x), k), dtype=torch.int32, device=x.device)
-        rows: dict[int, list[int]] = {}  # the texts of a request share its subset
+        together: dict[int, list[int]] = {}  # the texts of a request share its subset
         for row, subset in enumerate(allowed):
-            rows.setdefault(id(subset), []).append(row)
-        for group in rows.values():
+            together.setdefault(id(subset), []).append(row)
+        for group in together.values():
             subset, at = allowed[group[0]], torch.tensor(group, device=x.device)
-            scores[at], labels[at] = gpu.topk(x[at], self._head if subset is None else self._within(subset), k)
+            head = self._head if subset is None else self._within(subset)
+            best = gpu.topk(self._padded(x[at]), head, k)
+            scores[at], labels[at] = (part[: len(group)] for part in best)
         return scores, labels
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """x with rows of zeros up to the next recorded size."""
+        size = next((size for size in self._sizes if size >= len(x)), len(x))
+        return torch.nn.functional.pad(x, (0, 0, 0, size - len(x)))
 
     def _within(self, subset: Subset) -> DeviceHead:
         blocks, first = [], 0
