@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from unicodedata import normalize
@@ -88,25 +86,3 @@ def test_a_letter_that_is_everywhere_still_finds_the_names_that_begin_with_it_fi
 def test_a_word_far_behind_comes_before_letters_inside_words(tmp_path: Path) -> None:
     names = [f"xyz{i}" for i in range(5000)] + ["the yz"]
     assert search(table(tmp_path, names), "yz", 2) == [5000, 0]
-
-
-def test_other_threads_run_during_a_search(tmp_path: Path) -> None:
-    many = table(tmp_path, [f"Label number {i} of many" for i in range(400_000)])
-    running, gaps = True, []
-
-    def tick() -> None:
-        last = time.perf_counter()
-        while running:
-            time.sleep(0.0005)
-            gaps.append(-last + (last := time.perf_counter()))
-
-    thread = threading.Thread(target=tick)
-    thread.start()
-    try:
-        for _ in range(20):
-            assert search(many, "not there", 20) == []
-            assert search(many, "NUMBER 399999", 20) == [399_999]
-    finally:
-        running = False
-        thread.join()
-    assert len(gaps) > 40
