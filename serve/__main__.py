@@ -12,7 +12,7 @@ def main() -> int:
     """Runs the command; returns its exit code, which --help explains."""
     settings = parse()
     try:
-        from serve.server import BundleError, KeysError, ListenError, run
+        from serve.server import BundleError, DeviceError, KeysError, ListenError, run
 
         run(settings)
     # These two first: the others' names are not there when an import fails or is interrupted.
@@ -20,7 +20,7 @@ def main() -> int:
         return _fail(missing(error, "cpu"), 2)
     except KeyboardInterrupt:
         return _fail("stopped at once", 130)
-    except (BundleError, KeysError, ListenError) as error:
+    except (BundleError, DeviceError, KeysError, ListenError) as error:
         return _fail(str(error), 2)
     return 0
 

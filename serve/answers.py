@@ -27,13 +27,13 @@ def prediction(
     min_score: float | None = None,
     names: bool = True,
 ) -> dict[str, Any]:
-    """A schema.Prediction as a dict, from labels int32 [k] and their logits fp32 [k], best first."""
+    """A schema.Prediction as a dict, from labels int32 [k] and their logits fp32 [k], best first; −1 ends them."""
     if scores == "probability":
         logits = probabilities(logits)
     rows: list[dict[str, Any]] = []
     for label, score in zip(labels.tolist(), logits.tolist(), strict=True):
-        if min_score is not None and score < min_score:
-            break
+        if label < 0 or (min_score is not None and score < min_score):
+            break  # no label is left
         row = {"id": table.id(label)}
         if names:
             row["name"] = table.name(label)

@@ -1,6 +1,6 @@
-"""One engine with its queue, its thread and its tokenizers: from texts to their labels. No HTTP.
+"""The engines of one bundle with their queue, their threads and their tokenizers: from texts to their labels. No HTTP.
 
-A backend may be made in any thread; its methods are for the event loop's. The engine runs in its own.
+A backend may be made in any thread; its methods are for the event loop's. The engines run in their own.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ from typing import Any
 
 import numpy as np
 
+from models.kernels import Subset
 from serve.engine import Engine
+from serve.labels import LabelFilter
 from serve.metrics import Metrics
-from serve.scheduler import DeadlineExceeded, Job, Scheduler
+from serve.scheduler import DeadlineExceeded, Job, Priority, Scheduler
 from serve.settings import Settings
 from serve.tokens import SHORT_CHARS, Tokens
 from serve.worker import Worker
 
+_DOWN_TIMEOUT_S = 60.0  # with no engine at all for so long, starting the whole server again is what is left
+
+_FEW_LABELS = 100  # looking them up takes about as long as handing them to a thread
 ClientLeaves = Callable[[], Coroutine[Any, Any, None]]
 
 
@@ -55,15 +60,22 @@ class Answer:
 
 
 class Backend:
-    """An engine with everything that is tied to it, so that another bundle can take over while this one finishes.
+    """The engines of a bundle with everything that is tied to them, so that another one can take over while this one finishes.
 
-    hang_timeout_s   how long a batch may make no progress before the engine counts as stuck
+    engines          one per device, at least one; the queue is common to all
+    hang_timeout_s   how long a batch may make no progress before its engine counts as stuck
     """
 
     def __init__(
-        self, engine: Engine, settings: Settings, metrics: Metrics, loop: asyncio.AbstractEventLoop, hang_timeout_s: float
+        self,
+        engines: Sequence[Engine],
+        settings: Settings,
+        metrics: Metrics,
+        loop: asyncio.AbstractEventLoop,
+        hang_timeout_s: float,
     ) -> None:
-        self.engine, self._metrics, self._loop = engine, metrics, loop
+        self.engines, self._metrics, self._loop = engines, metrics, loop
+        self.engine = engine = engines[0]  # to ask about the bundle
         self.hang_timeout_s = hang_timeout_s
         self._active = 0
         self._idle = asyncio.Event()
@@ -75,22 +87,31 @@ class Backend:
         self.scheduler = Scheduler(
             max_queue_tokens=settings.max_queue_tokens,
             max_batch_inputs=settings.max_batch_inputs,
-            max_batch_tokens=settings.max_batch_tokens,
             padded=engine.padded,
             deliver=partial(_deliver, loop),  # not a method of self: a backend in a cycle would keep its memory
+            engines=len(engines),
         )
-        self._worker = Worker(engine, self.scheduler, metrics)
-        self._worker.start()
+        self.workers = [Worker(engine, self.scheduler, metrics, settings.max_batch_tokens) for engine in engines]
+        for engine, worker in zip(engines, self.workers, strict=True):
+            engine.hang_timeout_s = hang_timeout_s
+            worker.start()
 
     @property
     def alive(self) -> bool:
-        """False once the engine's thread has ended. One that is stuck is alive: see `heartbeat_age_s`."""
-        return self._worker.alive
+        """False once an engine's thread has ended, or all engines are gone and stay away. A stuck one is alive: see
+        `heartbeat_age_s`."""
+        return all(worker.alive for worker in self.workers) and min(engine.down_s for engine in self.engines) < _DOWN_TIMEOUT_S
+
+    @property
+    def up(self) -> bool:
+        """Whether an engine can take batches now; one in a process of its own may have to be replaced first."""
+        return any(not engine.down_s for engine in self.engines)
 
     @property
     def heartbeat_age_s(self) -> float:
-        """How long the engine has been at its current batch; 0 while it is idle."""
-        return self._worker.heartbeat_age_s
+        """How long every engine has been at its current batch; 0 while one is idle. Where there are several, one that is stuck
+        is replaced."""
+        return min(worker.heartbeat_age_s for worker in self.workers)
 
     async def finished(self) -> None:
         """Returns once no request is under way."""
@@ -104,33 +125,51 @@ class Backend:
 
     def close(self) -> None:
         self.scheduler.close()
-        self._worker.join(timeout_s=1)
+        for worker, engine in zip(self.workers, self.engines, strict=True):
+            worker.join(timeout_s=1)
+            engine.close()
         self._tokenizing.shutdown(wait=False)
 
     async def predict(
-        self, texts: Sequence[str], k: int, truncate: bool, timeout_s: float, client_left: ClientLeaves
+        self,
+        texts: Sequence[str],
+        k: int,
+        truncate: bool,
+        timeout_s: float,
+        client_left: ClientLeaves,
+        labels: LabelFilter | None,
+        priority: Priority,
     ) -> Answer:
         self._active += 1
         self._idle.clear()
         try:
-            return await self._predict(texts, k, truncate, timeout_s, client_left)
+            return await self._predict(texts, k, truncate, timeout_s, client_left, labels, priority)
         finally:
             self._active -= 1
             if not self._active:
                 self._idle.set()
 
     async def _predict(
-        self, texts: Sequence[str], k: int, truncate: bool, timeout_s: float, client_left: ClientLeaves
+        self,
+        texts: Sequence[str],
+        k: int,
+        truncate: bool,
+        timeout_s: float,
+        client_left: ClientLeaves,
+        labels: LabelFilter | None,
+        priority: Priority,
     ) -> Answer:
         deadline = time.monotonic() + timeout_s
-        self.scheduler.check_room()
+        self.scheduler.check_room(priority)
+        allowed = await self._find(labels)
         began = time.perf_counter()
         tokens = await self._tokenize(texts)
         tokenize_s = time.perf_counter() - began
         if not truncate and (too_long := [i for i, text in enumerate(tokens) if text.truncated]):
             raise TooLong(too_long, self.engine.max_length)
         future = self._loop.create_future()
-        job = Job(((text.ids, len(text.ids)) for text in tokens), k=k, deadline=deadline, owner=future)
+        inputs = ((text.ids, len(text.ids)) for text in tokens)
+        job = Job(inputs, k=k, allowed=allowed, priority=priority, deadline=deadline, owner=future)
         try:
             self.scheduler.submit(job)
         except DeadlineExceeded:
@@ -151,10 +190,18 @@ class Backend:
             watch.cancel()
             self._waiting.discard(future)
             self.scheduler.cancel(job)  # if it is not over
-        queue_s = job.finished_at - job.admitted_at - job.encoder_s - job.head_s
+        # Several engines at a time may have been at it.
+        queue_s = max(0.0, job.finished_at - job.admitted_at - job.encoder_s - job.head_s)
         self._metrics.stage["queue"].observe(queue_s)
         best = [item.result for item in job.items]
         return Answer(self.engine, tokens, best, tokenize_s, queue_s, job.encoder_s, job.head_s)
+
+    async def _find(self, labels: LabelFilter | None) -> Subset | None:
+        if labels is None:
+            return None
+        if len(labels) <= _FEW_LABELS:
+            return labels.subset(self.engine.bundle)
+        return await asyncio.to_thread(labels.subset, self.engine.bundle)
 
     async def _tokenize(self, texts: Sequence[str]) -> list[Tokens]:
         if sum(map(len, texts)) <= SHORT_CHARS:  # longer ones would hold up the event loop

@@ -19,7 +19,7 @@ from export.onnx_runtime import onnxruntime as ort
 from models import kernels
 from models.device import DeviceError
 from models.extras import missing
-from models.kernels import cpu
+from models.kernels import Subset, cpu
 from serve.tokens import TextTokenizer
 
 EncoderRuntime = Literal["onnx", "torch"]
@@ -36,9 +36,13 @@ class Engine(ABC):
     version   SHA-256 of the bundle
     threads   of the CPU that it uses
     device    "cpu" or "cuda:0", …
+    overlaps  whether one thread in `encode` and another in `topk` get more done than one after the other
+    hang_timeout_s   of each call to an engine in a process of its own, which is replaced then
     """
 
     device = "cpu"
+    overlaps = False
+    hang_timeout_s = float("inf")
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         cpu.set_threads(threads)
@@ -56,8 +60,11 @@ class Engine(ABC):
         threads          of the CPU, all cores it may use if None
         encoder_runtime  what runs the encoder on a GPU
         """
-        bundle = open_bundle(path)
-        threads = threads or cpu.default_threads()
+        return Engine.load(open_bundle(path), threads or cpu.default_threads(), device, encoder_runtime)
+
+    @staticmethod
+    def load(bundle: Bundle, threads: int, device: str = "cpu", encoder_runtime: EncoderRuntime = "onnx") -> Engine:
+        """As `open`, for a bundle that is open."""
         if device == "cpu":
             return CpuEngine(bundle, threads)
         try:
@@ -90,13 +97,28 @@ class Engine(ABC):
         """Embeddings fp32 [B, D], on the engine's device, of B sequences of token ids, each at most `max_length` long."""
 
     @abstractmethod
-    def topk(self, x: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best labels for embeddings of `encode`: scores fp32 [B, k] descending, labels int32 [B, k]."""
+    def topk(self, x: Any, k: int, allowed: Sequence[Subset | None] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The k best labels for embeddings of `encode`: scores fp32 [B, k] descending, labels int32 [B, k].
+
+        `allowed` says of each row which labels it may give; where these are fewer than k, it ends in score −inf, label −1.
+        """
 
     @abstractmethod
     def warm_up(self, max_inputs: int, max_tokens: int) -> float:
         """Runs batches of up to `max_inputs` texts and `max_tokens` tokens, so that the first request finds memory, pages and
         kernels ready. The last one is the largest; returns the seconds that it took."""
+
+    def wait_until_up(self) -> bool:
+        """Returns True once batches can be run, False if never again."""
+        return True
+
+    @property
+    def down_s(self) -> float:
+        """For how long no batches could be run."""
+        return 0.0
+
+    def close(self) -> None:  # noqa: B027
+        """Ends what the engine runs in, if that is its own."""
 
     def device_memory(self) -> dict[str, int]:
         """Bytes of the device's memory: "used" and "total" of all processes, "allocated", "reserved" and "peak" of this one's
@@ -117,8 +139,8 @@ class CpuEngine(Engine):
         (embedding,) = self._session.run(None, {"input_ids": input_ids, "attention_mask": attention_mask})
         return embedding
 
-    def topk(self, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        return kernels.topk(x, self.bundle.head, k)
+    def topk(self, x: np.ndarray, k: int, allowed: Sequence[Subset | None] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        return kernels.topk(x, self.bundle.head, k, allowed)
 
     def warm_up(self, max_inputs: int, max_tokens: int) -> float:
         for length in sorted({self.padded(min(length, self.max_length)) for length in (16, 64, self.max_length)}):

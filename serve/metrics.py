@@ -59,7 +59,13 @@ class Metrics:
         self.draining = gauge("draining", "1 when the server is about to end.")
         self.model_load_duration = gauge("model_load_duration_seconds", "Time to open, verify and load the bundle.")
         self.warmup_duration = gauge("warmup_duration_seconds", "Time of the warm-up runs.")
-        self.worker_heartbeat_age = gauge("worker_heartbeat_age_seconds", "How long the engine has been at its current batch.")
+        self.worker_heartbeat_age = gauge(
+            "worker_heartbeat_age_seconds", "How long an engine has been at a stage of its batch.", ["worker"]
+        )
+        self.worker_restarts = counter("worker_restarts_total", "Processes of engines that were lost and replaced.", ["worker"])
+        self.batch_token_budget = gauge(
+            "batch_token_budget", "Tokens in one batch, at most; less than set after memory did not suffice.", ["worker"]
+        )
         self.reloads = counter("reloads_total", "Attempts to replace the model by another bundle.", ["result"])
         self.model = Info("fanin_model", "The model that is served.", registry=self.registry)
         Info("fanin_build", "The program that serves.", registry=self.registry).info(versions())
@@ -69,6 +75,8 @@ class Metrics:
         self.stage = {name: stage_duration.labels(name) for name in stages}
         for reason in ("queue-full", "loading", "draining", "engine-stopped"):
             self.rejected.labels(reason)
+        for reason in ("error", "memory"):
+            self.batch_splits.labels(reason)
         for result in ("ok", "failed"):
             self.reloads.labels(result)
         for stage in ("tokenize", "queue", "encoder", "head"):

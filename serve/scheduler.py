@@ -1,22 +1,46 @@
-"""Which texts are predicted next. A queue with admission, batches, deadlines and cancellation; no HTTP and no numerics.
+"""Which texts are predicted next. A queue with admission, batches, priorities, deadlines, cancellation; no HTTP, no numerics.
 
 A *job* is a request: one or more *items*, each a text of some length in tokens. Jobs are admitted whole, items travel in
-whatever batches suit them, and the job is handed back once, when its last item is done or the first one failed.
+whatever batches suit them, and the job is handed back once, when its last item is done or the first one failed. An item's
+batch goes through two stages, encoder and head; what nobody waits for any more is dropped before each.
 
-Items wait in buckets by padded length. Each batch is led by the oldest waiting item, so nothing starves; it is filled from the
-leader's bucket, then from shorter ones as long as padding at most doubles an item. An item that does not fit is passed over,
-and the batch leaves at once: an idle engine never waits for company.
+**Order.** At admission each item gets a rank, a time; the lowest leads the next batch. It never changes, so nothing starves:
+
+    rank = time of admission + the priority's handicap + the engine's time for the texts before it in its own request
+
+The handicap is 0 s for high priority, 5 s for normal and 10 s for low: an item lets those of the next higher priority pass that
+come up to 5 s after it. The last term lines the texts of a large request up as if they came one after the other, so those of a
+small request pass between them. Low priority may fill half of the queue, high priority a quarter more than there is for normal.
+
+**Deadline.** An item that would be late if another batch went before it leads, whatever its rank and the earliest deadline
+first, but not two batches in a row.
+
+**Batch.** Items wait in buckets by padded length. A batch is filled from its leader's bucket, then from shorter ones as long as
+padding at most doubles an item, each by rank. An item that does not fit is passed over, and the batch leaves at once: an idle
+engine never waits for company. An item whose engine was lost goes alone the second time, and no third time.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Literal, NamedTuple
 
 Stage = Literal["queue", "encoder", "head"]
+Priority = Literal["high", "normal", "low"]
+
+_NEAR_BATCHES = 2  # a deadline is near when it is this many batches away: the one that goes now, and the item's own
+
+
+class _Level(NamedTuple):
+    handicap_s: float
+    queue_share: float  # of max_queue_tokens that may wait when a job of this priority comes
+
+
+_LEVELS: dict[Priority, _Level] = {"high": _Level(0, 1.25), "normal": _Level(5, 1.0), "low": _Level(10, 0.5)}
 
 
 class QueueFull(Exception):
@@ -38,11 +62,13 @@ class Closed(Exception):
 class Item:
     """One text of a job: an opaque payload, its length in tokens and, once done, its result."""
 
-    __slots__ = ("bucket", "job", "length", "order", "payload", "result")
+    __slots__ = ("bucket", "job", "length", "lost", "order", "payload", "rank", "result", "waits")
 
     def __init__(self, job: Job, payload: Any, length: int) -> None:
         self.job, self.payload, self.length = job, payload, length
         self.bucket = self.order = 0
+        self.rank = 0.0
+        self.waits = self.lost = False
         self.result: Any = None
 
 
@@ -50,19 +76,30 @@ class Job:
     """A request on its way. The scheduler writes its fields; the owner reads them once the job is handed back.
 
     inputs    (payload, length in tokens) of each item, at least one
-    deadline  on the scheduler's clock, seconds
     k         results wanted per item, passed on to the engine
+    allowed   which results may be given, passed on to the engine; None for all
+    priority  "high", "normal" or "low"
+    deadline  on the scheduler's clock, seconds
     owner     whatever the caller needs to find its waiter
     """
 
     __slots__ = (
-        "admitted_at", "deadline", "encoder_s", "error", "finished_at", "head_s", "items", "k", "over", "owner", "remaining",
-        "stage",
+        "admitted_at", "allowed", "deadline", "encoder_s", "error", "finished_at", "head_s", "items", "k", "over", "owner",
+        "priority", "remaining", "stage",
     )  # fmt: skip
 
-    def __init__(self, inputs: Iterable[tuple[Any, int]], *, k: int, deadline: float = float("inf"), owner: Any = None) -> None:
+    def __init__(
+        self,
+        inputs: Iterable[tuple[Any, int]],
+        *,
+        k: int,
+        allowed: Any = None,
+        priority: Priority = "normal",
+        deadline: float = float("inf"),
+        owner: Any = None,
+    ) -> None:
         self.items = [Item(self, payload, length) for payload, length in inputs]
-        self.k, self.deadline, self.owner = k, deadline, owner
+        self.k, self.allowed, self.priority, self.deadline, self.owner = k, allowed, priority, deadline, owner
         self.remaining = len(self.items)
         self.over = False  # finished, failed or cancelled: no item of it is worth any more work
         self.error: Exception | None = None
@@ -75,14 +112,37 @@ class Job:
         return sum(item.length for item in self.items)
 
 
-class Scheduler:
-    """The queue between requests and an engine's thread. Every method may be called from any thread.
+class _Line:
+    """Waiting items in the order of a number each; equal numbers in the order of arrival."""
 
-    max_queue_tokens  tokens that may wait; an empty queue takes a job of any size
+    def __init__(self) -> None:
+        self._entries: list[tuple[float, int, Item]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._entries)
+
+    def __iter__(self) -> Iterator[Item]:
+        return (item for _, _, item in self._entries)
+
+    @property
+    def first(self) -> Item:
+        return self._entries[0][2]
+
+    def add(self, number: float, item: Item) -> None:
+        insort(self._entries, (number, item.order, item))
+
+    def remove(self, number: float, item: Item) -> None:
+        del self._entries[bisect_left(self._entries, (number, item.order))]
+
+
+class Scheduler:
+    """The queue between requests and the engines' threads. Every method may be called from any thread.
+
+    max_queue_tokens  tokens that may wait, times the priority's share; an empty queue takes a job of any size
     max_batch_inputs  items per batch
-    max_batch_tokens  items × padded length per batch; a single longer item goes alone
     padded            length → length it is padded to, which names its bucket
     deliver           called with jobs that finished or failed, from the thread that ended them
+    engines           how many take batches
     """
 
     def __init__(
@@ -90,55 +150,60 @@ class Scheduler:
         *,
         max_queue_tokens: int,
         max_batch_inputs: int,
-        max_batch_tokens: int,
         padded: Callable[[int], int],
         deliver: Callable[[list[Job]], None],
+        engines: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._max_queue_tokens = max_queue_tokens
-        self._max_batch_inputs, self._max_batch_tokens = max_batch_inputs, max_batch_tokens
-        self._padded, self._deliver, self._clock = padded, deliver, clock
-        self._buckets: dict[int, OrderedDict[Item, None]] = {}  # by padded length, each oldest first, none empty
+        self._max_queue_tokens, self._max_batch_inputs = max_queue_tokens, max_batch_inputs
+        self._padded, self._deliver, self._engines, self._clock = padded, deliver, engines, clock
+        self._buckets: dict[int, _Line] = {}  # by padded length, each by rank, none empty
+        self._by_deadline = _Line()  # the same items
+        self._unfinished: dict[Job, None] = {}  # waiting or in an engine
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._closed = False
+        self._closed = self._hurried = False
         self._arrivals = 0
-        self._token_s = 0.0  # seconds per token, lately
+        self._token_s = self._batch_s = 0.0  # that an engine took per token and per batch, lately
         self.queue_inputs = 0
         self.queue_tokens = 0
 
     @property
     def queue_oldest_age_s(self) -> float:
         with self._lock:
-            return self._clock() - self._oldest().job.admitted_at if self._buckets else 0.0
+            return self._clock() - min((item.job.admitted_at for item in self._by_deadline), default=self._clock())
 
-    def check_room(self) -> None:
+    def check_room(self, priority: Priority = "normal") -> None:
         """Raises what `submit` would raise for a job of one token: a cheap look before the tokens are counted."""
         with self._lock:
-            self._check(1)
+            self._check(1, priority)
 
     def submit(self, job: Job) -> None:
         """Admits the job with all of its items, or raises QueueFull, DeadlineExceeded or Closed and keeps none."""
         with self._lock:
-            self._check(job.tokens)
-            job.admitted_at = self._clock()
+            self._check(job.tokens, job.priority)
+            job.admitted_at = rank = self._clock()
             if job.deadline <= job.admitted_at:
                 raise DeadlineExceeded
+            self._unfinished[job] = None
+            rank += _LEVELS[job.priority].handicap_s
             for item in job.items:
-                item.bucket, item.order = self._padded(item.length), self._arrivals
+                item.bucket, item.order, item.rank = self._padded(item.length), self._arrivals, rank
+                rank += item.length * self._token_s / self._engines
                 self._arrivals += 1
-                self._buckets.setdefault(item.bucket, OrderedDict())[item] = None
-                self.queue_inputs += 1
-                self.queue_tokens += item.length
+                self._enter(item)
             self._changed.notify_all()
 
-    def take(self) -> list[Item] | None:
-        """The next batch; waits while there is nothing to do. None once closed and empty."""
+    def take(self, max_batch_tokens: int) -> list[Item] | None:
+        """The next batch; waits while there is nothing to do. None once closed and empty.
+
+        max_batch_tokens   items × padded length, at most; a single longer item goes alone
+        """
         while True:
             with self._lock:
-                while not self._buckets and not self._closed:
+                while not self._by_deadline and not self._closed:
                     self._changed.wait()
-                late, batch = self._drop_late(), self._form()
+                late, batch = self._drop_late(), self._form(max_batch_tokens)
                 ended = self._closed and not batch
             self._hand_back(late)
             if batch or ended:
@@ -163,8 +228,9 @@ class Scheduler:
             for job in {item.job: None for item in items}:
                 job.encoder_s += encoder_s
                 job.head_s += head_s
-            per_token = (encoder_s + head_s) / sum(item.length for item in items)
-            self._token_s += 0.1 * (per_token - self._token_s)
+            batch_s = encoder_s + head_s
+            self._batch_s += 0.1 * (batch_s - self._batch_s)
+            self._token_s += 0.1 * (batch_s / sum(item.length for item in items) - self._token_s)
 
     def complete(self, items: Sequence[Item], results: Iterable[Any]) -> None:
         """Stores the results of items; jobs whose last item this was are handed back."""
@@ -177,6 +243,25 @@ class Scheduler:
                     self._end(item.job, None)
                     finished.append(item.job)
         self._hand_back(finished)
+
+    def give_back(self, items: Sequence[Item], *, lost: bool) -> None:
+        """Puts the items of a batch back into the queue, at their old places.
+
+        lost   the engine was lost at them: the next time they go alone, since one may be the cause; the second time they fail
+        """
+        failed = []
+        with self._lock:
+            for item in items:
+                if item.job.over:
+                    continue
+                if lost and item.lost:
+                    self._end(item.job, Closed("the engine was lost twice at the same text"))
+                    failed.append(item.job)
+                else:
+                    item.lost, item.job.stage = item.lost or lost, "queue"
+                    self._enter(item)
+            self._changed.notify_all()
+        self._hand_back(failed)
 
     def fail(self, job: Job, error: Exception) -> None:
         """Ends the job with `error` and hands it back; its waiting items leave the queue."""
@@ -202,56 +287,74 @@ class Scheduler:
             self._changed.notify_all()
 
     def abort(self) -> None:
-        """Closes, and ends every waiting job with Closed."""
+        """Closes, and ends every job with Closed, also those that are in an engine."""
         self.close()
         with self._lock:
-            jobs = list({item.job: None for bucket in self._buckets.values() for item in bucket})
+            jobs = list(self._unfinished)
             for job in jobs:
                 self._end(job, Closed("the engine stopped"))
         self._hand_back(jobs)
 
-    def _check(self, tokens: int) -> None:
+    def _check(self, tokens: int, priority: Priority) -> None:
         if self._closed:
             raise Closed("no more jobs are taken")
-        if self.queue_tokens and self.queue_tokens + tokens > self._max_queue_tokens:
-            raise QueueFull(self.queue_tokens * self._token_s)
-
-    def _oldest(self) -> Item:
-        return min((next(iter(bucket)) for bucket in self._buckets.values()), key=lambda item: item.order)
+        if self.queue_tokens and self.queue_tokens + tokens > self._max_queue_tokens * _LEVELS[priority].queue_share:
+            raise QueueFull(self.queue_tokens * self._token_s / self._engines)
 
     def _drop_late(self) -> list[Job]:
-        now = self._clock()
-        late = list({item.job: None for bucket in self._buckets.values() for item in bucket if item.job.deadline <= now})
-        for job in late:
-            self._end(job, DeadlineExceeded())
+        late = []
+        while self._by_deadline and self._by_deadline.first.job.deadline <= self._clock():
+            late.append(self._by_deadline.first.job)
+            self._end(late[-1], DeadlineExceeded())
         return late
 
-    def _form(self) -> list[Item]:
-        if not self._buckets:
+    def _form(self, max_batch_tokens: int) -> list[Item]:
+        if not self._by_deadline:
             return []
-        length = self._oldest().bucket
-        room = max(1, min(self._max_batch_inputs, self._max_batch_tokens // length))
-        batch: list[Item] = []
-        for bucket in sorted((b for b in self._buckets if length / 2 < b <= length), reverse=True):
-            waiting = iter(self._buckets[bucket])
-            batch += [item for item, _ in zip(waiting, range(room - len(batch)), strict=False)]
-        for item in batch:
+        leader = self._leader()
+        length = leader.bucket
+        batch = [leader]
+        self._leave(leader)
+        if not leader.lost:
+            room = min(self._max_batch_inputs, max_batch_tokens // length)
+            for bucket in sorted((b for b in self._buckets if length / 2 < b <= length), reverse=True):
+                others = (item for item in self._buckets[bucket] if not item.lost)
+                batch += islice(others, max(0, room - len(batch)))
+        for item in batch[1:]:
             self._leave(item)
+        for item in batch:
             item.job.stage = "encoder"
         return batch
 
+    def _leader(self) -> Item:
+        first = min((line.first for line in self._buckets.values()), key=lambda item: (item.rank, item.order))
+        urgent = self._by_deadline.first
+        near = urgent.job.deadline <= self._clock() + _NEAR_BATCHES * self._batch_s
+        self._hurried = near and not self._hurried  # every other batch at most, or short deadlines would starve the rest
+        return urgent if self._hurried else first
+
+    def _enter(self, item: Item) -> None:
+        item.waits = True
+        self._buckets.setdefault(item.bucket, _Line()).add(item.rank, item)
+        self._by_deadline.add(item.job.deadline, item)
+        self.queue_inputs += 1
+        self.queue_tokens += item.length
+
     def _leave(self, item: Item) -> None:
+        item.waits = False
         bucket = self._buckets[item.bucket]
-        del bucket[item]
+        bucket.remove(item.rank, item)
         if not bucket:
             del self._buckets[item.bucket]
+        self._by_deadline.remove(item.job.deadline, item)
         self.queue_inputs -= 1
         self.queue_tokens -= item.length
 
     def _end(self, job: Job, error: Exception | None) -> None:
         job.over, job.error, job.finished_at = True, error, self._clock()
+        del self._unfinished[job]
         for item in job.items:
-            if item in self._buckets.get(item.bucket, ()):
+            if item.waits:
                 self._leave(item)
 
     def _hand_back(self, jobs: list[Job]) -> None:

@@ -17,7 +17,9 @@ from typing import Any
 import uvicorn
 
 from export.bundle import BundleError
+from models.device import DeviceError
 from serve import logs, telemetry
+from serve.host import fix_heap_thresholds
 from serve.http.admin import create_admin_app
 from serve.http.app import create_app
 from serve.http.gateway import Gateway
@@ -28,7 +30,7 @@ from serve.service import NotReady, ReloadUnderWay, Service
 from serve.settings import Settings
 from serve.watchdog import Watchdog
 
-__all__ = ["BundleError", "KeysError", "ListenError", "run"]
+__all__ = ["BundleError", "DeviceError", "KeysError", "ListenError", "run"]
 
 _log = logging.getLogger("fanin.serve")
 _EXIT_FAILED = 3
@@ -127,6 +129,7 @@ def run(settings: Settings) -> None:
     Ends the process with status 3 when the engine or the event loop fails.
     """
     faulthandler.enable()
+    fix_heap_thresholds()
     logs.set_up(settings.log_format, settings.log_level)
     keys = ApiKeys(settings.api_keys_file)
     with contextlib.ExitStack() as stack:

@@ -8,20 +8,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from serve.backend import Answer, Backend, ClientLeaves
 from serve.engine import Engine
 from serve.host import trim_heap
+from serve.labels import LabelFilter
 from serve.metrics import Metrics
+from serve.processes import open_engines
+from serve.scheduler import Priority
 from serve.settings import Settings
 
 _log = logging.getLogger("fanin.serve")
-# A healthy engine may be this much slower than at warm-up: other programs, a reload beside it, many labels per text.
-_HANG_FACTOR, _HANG_TIMEOUT_S = 10, 1.5
+# A healthy engine may be this much slower than at warm-up: many labels per text, a reload beside it.
+_HANG_FACTOR, _HANG_TIMEOUT_S = 5, 1.5
+_LAST_ANSWERS = 1000  # hundredths of a second in which they should be written
 
 Status = Literal["loading", "ready", "draining", "engine-stopped"]
 
@@ -70,7 +76,10 @@ class Service:
         metrics.queue_inputs.set_function(lambda: sum(b.scheduler.queue_inputs for b in self.backends))
         metrics.queue_tokens.set_function(lambda: sum(b.scheduler.queue_tokens for b in self.backends))
         metrics.queue_oldest_age.set_function(lambda: max((b.scheduler.queue_oldest_age_s for b in self.backends), default=0))
-        metrics.worker_heartbeat_age.set_function(lambda: max((b.heartbeat_age_s for b in self.backends), default=0))
+        for i in range(len(settings.devices)):
+            metrics.worker_restarts.labels(str(i))
+            metrics.worker_heartbeat_age.labels(str(i)).set_function(partial(self._heartbeat_age_s, i))
+            metrics.batch_token_budget.labels(str(i)).set_function(partial(self._batch_token_budget, i))
 
     @property
     def engine(self) -> Engine:
@@ -90,7 +99,9 @@ class Service:
             return "engine-stopped"
         if self.draining:
             return "draining"
-        return "ready" if self.backends else "loading"
+        if not self.backends:
+            return "loading"
+        return "ready" if self.backends[-1].up else "engine-stopped"
 
     async def load(self) -> None:
         """Opens, verifies, loads and warms up the bundle beside the event loop, then takes requests. BundleError."""
@@ -122,24 +133,38 @@ class Service:
             raise
         else:
             self.metrics.reloads.labels("ok").inc()
+            engine = weakref.ref(old.engine)
             await self._retire(old)
-            del old  # the last reference, so its memory is free
+            del old
+            for _ in range(_LAST_ANSWERS):  # still hold the engine while they are written
+                if engine() is None:
+                    break
+                await asyncio.sleep(0.01)
             await asyncio.to_thread(trim_heap)
         finally:
             self._reloading = False
         return Reload(old_version, new_version, time.perf_counter() - began)
 
     async def predict(
-        self, texts: Sequence[str], *, k: int, truncate: bool, timeout_s: float, client_left: ClientLeaves
+        self,
+        texts: Sequence[str],
+        *,
+        k: int,
+        truncate: bool,
+        timeout_s: float,
+        client_left: ClientLeaves,
+        labels: LabelFilter | None = None,
+        priority: Priority = "normal",
     ) -> Answer:
-        """The k best labels of each text. `client_left()` ends when nobody waits for the answer any more.
+        """The k best labels of each text, of those that `labels` leaves. `client_left()` ends when nobody waits any more.
 
-        NotReady, QueueFull, TooLong, DeadlineExceeded, ClientLeft, Closed, or whatever the engine raised.
+        NotReady, QueueFull, TooLong, UnknownLabels, NoLabelLeft, DeadlineExceeded, ClientLeft, Closed, or whatever the engine
+        raised.
         """
         if not self.backends or self._refusing or not self.alive:
             self.metrics.rejected.labels(self.status).inc()
             raise NotReady(self.status)
-        return await self.backends[-1].predict(texts, k, truncate, timeout_s, client_left)
+        return await self.backends[-1].predict(texts, k, truncate, timeout_s, client_left, labels, priority)
 
     async def drain(self) -> None:
         """Says that it is not ready; after a while takes no more predictions and waits for those under way.
@@ -172,13 +197,19 @@ class Service:
     def _open_here(self, path: Path, loop: asyncio.AbstractEventLoop) -> Backend:
         settings, began = self.settings, time.perf_counter()
         # Resolved once: a link may be pointed elsewhere while its bundle is read.
-        engine = Engine.open(path.resolve(), settings.threads)
+        engines = open_engines(
+            path.resolve(),
+            settings.devices,
+            settings.threads,
+            lambda i: self.metrics.worker_restarts.labels(str(i)).inc(),
+            settings.encoder_runtime,
+        )
         loaded = time.perf_counter()
-        largest_batch_s = engine.warm_up(settings.max_batch_inputs, settings.max_batch_tokens)
+        largest_batch_s = max(engine.warm_up(settings.max_batch_inputs, settings.max_batch_tokens) for engine in engines)
         self.metrics.model_load_duration.set(loaded - began)
         self.metrics.warmup_duration.set(time.perf_counter() - loaded)
         hang_timeout_s = settings.hang_timeout_s or max(_HANG_TIMEOUT_S, _HANG_FACTOR * largest_batch_s)
-        return Backend(engine, settings, self.metrics, loop, hang_timeout_s)
+        return Backend(engines, settings, self.metrics, loop, hang_timeout_s)
 
     def _serve(self, backend: Backend) -> None:
         self.backends = (*self.backends, backend)
@@ -191,8 +222,14 @@ class Service:
             metrics.model_bytes.labels(component, device).set(size)
 
     def _device_memory(self) -> dict[str, dict[str, int]]:
-        engines = [backend.engine for backend in self.backends]
+        engines = [engine for backend in self.backends for engine in backend.engines]
         return {engine.device: engine.device_memory() for engine in engines if engine.device != "cpu"}
+
+    def _heartbeat_age_s(self, worker: int) -> float:
+        return max((backend.workers[worker].heartbeat_age_s for backend in self.backends), default=0.0)
+
+    def _batch_token_budget(self, worker: int) -> float:
+        return self.backends[-1].workers[worker].batch_token_budget if self.backends else 0.0
 
     async def _retire(self, backend: Backend) -> None:
         await backend.finished()

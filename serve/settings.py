@@ -57,6 +57,14 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _devices(text: str) -> tuple[str, ...]:
+    devices = tuple(text.split(","))
+    for device in devices:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+            raise argparse.ArgumentTypeError(f"{device!r} is not cpu, cuda or cuda:N")
+    return devices
+
+
 _seconds.__name__ = "number of seconds"
 
 
@@ -129,8 +137,27 @@ class Settings:
         choices=("debug", "info", "warning", "error"),
     )
 
+    devices: tuple[str, ...] = _setting(
+        "engine",
+        ("cpu",),
+        "cpu, cuda or cuda:N; of several, separated by commas, each gets a process of its own, which is replaced when lost",
+        _devices,
+        "DEVICE",
+        flag="--device",
+    )
+    encoder_runtime: Literal["onnx", "torch"] = _setting(
+        "engine",
+        "onnx",
+        "what runs the encoder on a GPU; torch needs a bundle exported with --torch-encoder",
+        str,
+        "onnx|torch",
+        choices=("onnx", "torch"),
+    )
     threads: int | None = _setting(
-        "engine", None, "threads of the encoder and the head (default: the cores this process may use)", _at_least(1)
+        "engine",
+        None,
+        "threads of encoder and head per device (default: the cores this process may use, shared out among the devices)",
+        _at_least(1),
     )
     max_batch_inputs: int = _setting("engine", 32, "texts in one batch, at most", _at_least(1))
     max_batch_tokens: int = _setting(
@@ -139,8 +166,9 @@ class Settings:
     hang_timeout_s: float | None = _setting(
         "engine",
         None,
-        "seconds without progress after which the engine counts as stuck: /livez fails and the process ends with status 3; "
-        "inf for never (default: 10 times the largest batch at warm-up, at least 1.5)",
+        "seconds without progress after which the engine counts as stuck: /livez fails and the process ends with status 3, or, "
+        "with several devices, the engine's process is replaced; "
+        "inf for never (default: 5 times the largest batch at warm-up, at least 1.5)",
         _seconds,
         "S",
     )
@@ -153,6 +181,7 @@ class Settings:
     )
     max_inputs: int = _setting("limits", 128, "texts in one request, at most", _at_least(1))
     max_top_k: int = _setting("limits", 1000, "labels per text a request may ask for", _at_least(1))
+    max_filter_labels: int = _setting("limits", 10_000, "labels that a request may allow and deny, together", _at_least(1))
     max_body_bytes: int = _setting("limits", 1 << 20, "bytes in a request's body, at most", _at_least(1))
     timeout_ms: int = _setting(
         "limits", 30_000, "milliseconds a request may take unless it asks for less; it is answered 504 then", _at_least(1), "MS"
@@ -171,6 +200,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         name = facts.pop("group")
         group = groups[name] if name in groups else groups.setdefault(name, parser.add_argument_group(name))
         shown = "" if field.default is None else " (default: %(default)s)"
-        flag = "--" + field.name.removesuffix("_s").replace("_", "-")
-        group.add_argument(flag, dest=field.name, default=field.default, **{**facts, "help": facts["help"] + shown})
+        flag = facts.pop("flag", "--" + field.name.removesuffix("_s").replace("_", "-"))
+        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        group.add_argument(flag, dest=field.name, default=default, **{**facts, "help": facts["help"] + shown})
     return Settings(**vars(parser.parse_args(arguments)))

@@ -10,9 +10,11 @@ from starlette.types import Receive
 
 from serve.backend import Answer, ClientLeft, TooLong
 from serve.http.problems import CLIENT_CLOSED_REQUEST, UNREADY, Problem, invalid, try_again
-from serve.scheduler import Closed, DeadlineExceeded, QueueFull
+from serve.labels import LabelFilter, NoLabelLeft, UnknownLabels
+from serve.scheduler import Closed, DeadlineExceeded, Priority, QueueFull
 from serve.service import NotReady, Service
 
+_NAMED = 8  # unknown labels in an error, at most
 REFUSALS = {
     "s408": "The body did not come in time.",
     "s413": "The body is too large.",
@@ -30,6 +32,8 @@ async def answer(
     k: int,
     truncate: bool,
     timeout_ms: int | None,
+    labels: LabelFilter | None = None,
+    priority: Priority = "normal",
     inputs: str = "/inputs",
     top_k: str = "/top_k",
 ) -> Answer:
@@ -40,6 +44,8 @@ async def answer(
         raise invalid((inputs, f"has {len(texts)} texts, at most {settings.max_inputs} are taken"))
     if k > settings.max_top_k:
         raise invalid((top_k, f"is {k}, at most {settings.max_top_k} labels are given"))
+    if labels is not None and len(labels) > settings.max_filter_labels:
+        raise invalid(("/labels", f"has {len(labels)} ids, at most {settings.max_filter_labels} are taken"))
     try:
         found = await service.predict(
             texts,
@@ -47,9 +53,18 @@ async def answer(
             truncate=truncate,
             timeout_s=min(timeout_ms or settings.timeout_ms, settings.timeout_ms) / 1000,
             client_left=lambda: _disconnected(request.receive),
+            labels=labels,
+            priority=priority,
         )
     except TooLong as error:
         raise invalid(*((f"{inputs}/{i}", f"is longer than {error.max_length} tokens") for i in error.positions)) from None
+    except UnknownLabels as error:
+        faults = [(f"/labels/{name}/{i}", f"no label has id {text[:80]!r}") for name, i, text in error.unknown[:_NAMED]]
+        if more := len(error.unknown) - len(faults):
+            faults.append(("/labels", f"{more} more ids are of no label"))
+        raise invalid(*faults) from None
+    except NoLabelLeft as error:
+        raise invalid(("/labels", str(error))) from None
     request.state.answer = found
     return found
 

@@ -12,6 +12,7 @@ from serve.http import schema
 from serve.http.answering import REFUSALS, answer, reply
 from serve.http.body import JsonRoute
 from serve.http.problems import responses
+from serve.labels import LabelFilter
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -35,6 +36,8 @@ async def predict(body: schema.PredictRequest, request: Request) -> Response:
         k=body.top_k,
         truncate=body.truncate,
         timeout_ms=body.timeout_ms,
+        labels=LabelFilter(body.labels.allow, body.labels.deny) if body.labels else None,
+        priority=body.priority,
     )
     return reply(request, found, lambda: _render(found, body, request.state.id))
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag
 from pydantic_core import PydanticCustomError
 
+from serve.scheduler import Priority
+
 
 def fault(text: str) -> str | None:
     """Why a text cannot be predicted, or None."""
@@ -37,6 +39,15 @@ _Inputs = Annotated[
 ]
 
 
+class LabelLists(BaseModel):
+    """Which labels may be given, by id. Without `allow`, all that are not denied; a label in both is denied."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    allow: list[str] | None = Field(None, description="The only labels to choose from.")
+    deny: list[str] = Field([], description="Labels to leave out.")
+
+
 class PredictRequest(BaseModel):
     """Texts and what to say about them. Unknown fields are refused."""
 
@@ -50,9 +61,15 @@ class PredictRequest(BaseModel):
     scores: Literal["probability", "logit"] = Field(
         "probability", description="The head's own score (logit) or its sigmoid; the order is the same."
     )
+    labels: LabelLists | None = Field(
+        None, description="The best labels of these, exactly; fewer than top_k if there are fewer."
+    )
     return_names: bool = Field(True, strict=True, description="Give each label's name beside its id.")
     truncate: bool = Field(
         True, strict=True, description="Cut texts to the model's length. If false, a longer one is an error."
+    )
+    priority: Priority = Field(
+        "normal", description="Who goes first when requests wait. Low is refused sooner when the queue fills; nothing starves."
     )
     timeout_ms: Count | None = Field(None, description="Give up after this time; the server's own limit holds.")
 
@@ -111,6 +128,7 @@ class Limits(BaseModel):
     max_length: int = Field(description="Tokens per text.")
     max_inputs: int
     max_top_k: int
+    max_filter_labels: int = Field(description="Labels that a request may allow and deny, together.")
     max_body_bytes: int
     timeout_ms: int
 

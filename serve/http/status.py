@@ -64,6 +64,7 @@ async def info(request: Request) -> Any:
             "max_length": engine.max_length,
             "max_inputs": settings.max_inputs,
             "max_top_k": settings.max_top_k,
+            "max_filter_labels": settings.max_filter_labels,
             "max_body_bytes": settings.max_body_bytes,
             "timeout_ms": settings.timeout_ms,
         },

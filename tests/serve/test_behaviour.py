@@ -84,6 +84,24 @@ def test_a_full_queue_answers_429_at_once_and_recovers(serving: Serving, pool: T
         assert post(local, inputs=TEXTS).status_code == 200
 
 
+def test_high_priority_passes_those_who_wait_and_low_lets_them_pass(serving: Serving, pool: ThreadPoolExecutor) -> None:
+    with serving(max_batch_inputs=1) as local:
+        first = occupy(local, pool)
+        lengths: list[int] = []
+        encode = local.engine.encode
+        local.engine.encode = lambda sequences: (lengths.append(len(sequences[0])), encode(sequences))[1]
+        waiting = []
+        for i, (priority, text) in enumerate([("low", "a"), ("normal", TEXTS[0]), ("high", TEXTS[3])], 1):
+            waiting.append(pool.submit(post, local, inputs=text, priority=priority))
+            eventually(lambda i=i: local.metric("queue_inputs") == i)
+        local.engine.gate.set()
+        assert first.result().status_code == 200
+        low, normal, high = (answer.result().json()["usage"]["tokens"] for answer in waiting)
+        assert lengths == [high, normal, low]
+        assert len(set(lengths)) == 3
+        problem_of(post(local, inputs="a", priority="urgent"), 422, "invalid-request")
+
+
 @pytest.mark.parametrize("where", ["engine", "queue"])
 def test_a_deadline_is_kept_while_the_engine_is_busy(serving: Serving, pool: ThreadPoolExecutor, where: str) -> None:
     with serving() as local:

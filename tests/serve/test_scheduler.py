@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from serve.scheduler import Closed, DeadlineExceeded, Item, Job, QueueFull, Scheduler
+from serve.scheduler import Closed, DeadlineExceeded, Item, Job, Priority, QueueFull, Scheduler
 
 
 class Clock:
@@ -28,26 +30,36 @@ def padded(length: int) -> int:
 class Queue:
     """A scheduler with its clock and what it has handed back."""
 
-    def __init__(self, *, queue: int = 1000, inputs: int = 4, tokens: int = 128) -> None:
-        self.clock, self.returned = Clock(), []
+    def __init__(self, *, queue: int = 1000, inputs: int = 4, tokens: int = 128, engines: int = 1) -> None:
+        self.clock, self.returned, self.tokens = Clock(), [], tokens
         self.scheduler = Scheduler(
             max_queue_tokens=queue,
             max_batch_inputs=inputs,
-            max_batch_tokens=tokens,
             padded=padded,
             deliver=self.returned.extend,
+            engines=engines,
             clock=self.clock,
         )
 
-    def submit(self, *lengths: int, deadline: float = math.inf) -> Job:
-        job = Job(((f"text of {length}", length) for length in lengths), k=1, deadline=deadline)
+    def submit(self, *lengths: int, deadline: float = math.inf, priority: Priority = "normal") -> Job:
+        inputs = ((f"text of {length}", length) for length in lengths)
+        job = Job(inputs, k=1, deadline=deadline, priority=priority)
         self.scheduler.submit(job)
         return job
 
     def take(self) -> list[Item]:
-        batch = self.scheduler.take()
+        batch = self.scheduler.take(self.tokens)
         assert batch is not None
         return batch
+
+    def learn_speed(self, seconds: float) -> None:
+        """Makes the engine one that has taken so long for each batch, which was of one token."""
+        for _ in range(200):  # the estimate follows slowly
+            self.submit(1)
+            batch = self.take()
+            self.scheduler.spent(batch, seconds * 0.75, seconds * 0.25)
+            self.finish(batch)
+        self.returned.clear()
 
     def finish(self, batch: list[Item]) -> None:
         self.scheduler.complete(batch, [f"answer to {item.payload}" for item in batch])
@@ -132,16 +144,13 @@ def test_an_empty_queue_takes_a_request_of_any_size() -> None:
 
 
 def test_a_refusal_says_how_long_the_queue_will_take() -> None:
-    queue = Queue(queue=100, inputs=1)
-    for _ in range(200):  # the estimate follows slowly
-        queue.submit(10)
-        batch = queue.take()
-        queue.scheduler.spent(batch, 0.75, 0.25)
-        queue.finish(batch)
-    queue.submit(100)
-    with pytest.raises(QueueFull) as refusal:
-        queue.submit(1)
-    assert refusal.value.retry_after_s == pytest.approx(100 / 10 * 1.0, rel=0.01)
+    for engines in (1, 2):
+        queue = Queue(queue=100, engines=engines)
+        queue.learn_speed(0.1)
+        queue.submit(100)
+        with pytest.raises(QueueFull) as refusal:
+            queue.submit(1)
+        assert refusal.value.retry_after_s == pytest.approx(100 * 0.1 / engines, rel=0.01)
 
 
 def test_a_deadline_that_passed_in_the_queue_ends_the_request() -> None:
@@ -208,7 +217,7 @@ def test_closing_serves_who_waits_and_refuses_who_comes() -> None:
     with pytest.raises(Closed):
         queue.submit(5)
     assert queue.take() == job.items
-    assert queue.scheduler.take() is None
+    assert queue.scheduler.take(128) is None
 
 
 def test_aborting_fails_who_waits() -> None:
@@ -217,13 +226,142 @@ def test_aborting_fails_who_waits() -> None:
     queue.scheduler.abort()
     assert queue.returned == [job]
     assert isinstance(job.error, Closed)
-    assert queue.scheduler.take() is None
+    assert queue.scheduler.take(128) is None
+
+
+def test_aborting_also_fails_who_is_in_an_engine_that_may_never_return() -> None:
+    queue = Queue()
+    job = queue.submit(5)
+    batch = queue.take()
+    queue.scheduler.abort()
+    assert queue.returned == [job]
+    assert isinstance(job.error, Closed)
+    assert queue.scheduler.still_wanted(batch, "head") == []
+    queue.finish(batch)
+    assert queue.returned == [job]
+
+
+def test_high_priority_goes_first_and_low_last() -> None:
+    queue = Queue(inputs=1)
+    low, normal, high = (queue.submit(5, priority=priority) for priority in ("low", "normal", "high"))
+    assert [queue.take() for _ in range(3)] == [high.items, normal.items, low.items]
+
+
+def test_of_one_length_a_batch_is_filled_by_priority() -> None:
+    queue = Queue(inputs=2)
+    low, normal, high = (queue.submit(5, priority=priority) for priority in ("low", "normal", "high"))
+    assert [queue.take(), queue.take()] == [high.items + normal.items, low.items]
+
+
+@pytest.mark.parametrize(("priority", "higher"), [("low", "normal"), ("low", "high"), ("normal", "high")])
+def test_a_steady_stream_of_higher_priority_never_starves_a_lower_one(priority: Priority, higher: Priority) -> None:
+    queue = Queue(inputs=1)
+    old = queue.submit(5, priority=priority)
+    for _ in range(40):
+        queue.submit(5, priority=higher)
+        queue.submit(5, priority=higher)  # more than one second's work
+        queue.clock.now += 1
+        if queue.take() == old.items:
+            return
+    pytest.fail("it starves")
+
+
+def test_low_priority_may_fill_half_of_the_queue_and_high_a_little_more_than_all() -> None:
+    queue = Queue(queue=100)
+    queue.submit(50, priority="low")
+    with pytest.raises(QueueFull):
+        queue.submit(1, priority="low")
+    queue.submit(50)
+    with pytest.raises(QueueFull):
+        queue.scheduler.check_room()
+    queue.scheduler.check_room("high")
+    queue.submit(25, priority="high")
+    with pytest.raises(QueueFull):
+        queue.submit(1, priority="high")
+
+
+def test_a_small_request_passes_between_the_texts_of_a_large_one() -> None:
+    queue = Queue(inputs=1)
+    queue.learn_speed(0.1)
+    large = queue.submit(*[10] * 10)  # a second's work each
+    queue.clock.now += 3.5
+    small = queue.submit(10)
+    order = [item for _ in range(11) for item in queue.take()]
+    assert order.index(small.items[0]) == 4
+    assert [item for item in order if item.job is large] == large.items
+
+
+def test_an_item_that_would_be_late_leads() -> None:
+    queue = Queue(inputs=1)
+    queue.learn_speed(0.5)
+    before, hurried, after = queue.submit(5), queue.submit(5, deadline=queue.clock.now + 4), queue.submit(5)
+    assert queue.take() == before.items
+    queue.clock.now += 3.2  # less than two batches are left
+    urgent = queue.submit(5, priority="high")
+    assert [queue.take() for _ in range(3)] == [hurried.items, urgent.items, after.items]
+
+
+def test_a_steady_stream_of_near_deadlines_never_starves_the_rest() -> None:
+    queue = Queue(inputs=1)
+    queue.learn_speed(0.5)
+    patient = queue.submit(5)
+    queue.submit(5, deadline=queue.clock.now + 0.8)
+    queue.submit(5, deadline=queue.clock.now + 0.8)
+    queue.take()
+    assert queue.take() == patient.items
+
+
+def test_an_engine_asks_for_smaller_batches_when_its_memory_is_short() -> None:
+    queue = Queue(inputs=10)
+    for _ in range(6):
+        queue.submit(8)
+    assert [len(batch) for tokens in (32, 8, 4) if (batch := queue.scheduler.take(tokens))] == [4, 1, 1]
+
+
+def test_what_a_lost_engine_had_keeps_its_place_and_goes_alone() -> None:
+    queue = Queue(inputs=2)
+    first, second, third = queue.submit(5), queue.submit(5), queue.submit(5)
+    batch = queue.take()
+    queue.scheduler.give_back(batch, lost=True)
+    assert queue.scheduler.queue_inputs == 3
+    assert first.stage == "queue"
+    assert [queue.take() for _ in range(3)] == [first.items, second.items, third.items]
+
+
+def test_the_second_engine_that_is_lost_at_a_text_was_the_last() -> None:
+    queue = Queue()
+    guilty, other = queue.submit(5), queue.submit(5)
+    queue.scheduler.give_back(queue.take(), lost=True)
+    queue.scheduler.give_back(queue.take(), lost=True)
+    assert queue.returned == [guilty]
+    assert isinstance(guilty.error, Closed)
+    queue.finish(queue.take())
+    assert queue.returned == [guilty, other]
+    assert other.error is None
+
+
+def test_what_an_engine_never_had_may_come_back_any_number_of_times() -> None:
+    queue = Queue()
+    jobs = [queue.submit(5), queue.submit(5)]
+    for _ in range(3):
+        queue.scheduler.give_back(queue.take(), lost=False)
+    queue.finish(queue.take())
+    assert queue.returned == jobs
+
+
+def test_a_request_that_ended_meanwhile_does_not_come_back() -> None:
+    queue = Queue()
+    job = queue.submit(5)
+    batch = queue.take()
+    queue.scheduler.cancel(job)
+    queue.scheduler.give_back(batch, lost=True)
+    assert queue.scheduler.queue_inputs == 0
 
 
 def test_an_idle_engine_wakes_for_the_first_text_and_for_the_end() -> None:
     queue = Queue()
     taken: list[list[Item] | None] = []
-    thread = threading.Thread(target=lambda: taken.extend([queue.scheduler.take(), queue.scheduler.take()]))
+    thread = threading.Thread(target=lambda: taken.extend([queue.scheduler.take(128), queue.scheduler.take(128)]))
     thread.start()
     job = queue.submit(5)
     queue.scheduler.close()
@@ -243,27 +381,37 @@ def test_age_of_the_oldest() -> None:
 class AnyHistory(RuleBasedStateMachine):
     """Whatever happens, in whatever order: the books balance, limits hold, and every request ends exactly once."""
 
+    SHARE: ClassVar = {"high": 250, "normal": 200, "low": 100}
+    LONGEST_DELAY_S = 10 + 4 * 128 * 0.1  # the handicap of low priority, and the longest request
+
     def __init__(self) -> None:
         super().__init__()
         self.queue = Queue(queue=200, inputs=3, tokens=96)
-        self.waiting: dict[Item, None] = {}  # oldest first
-        self.in_engine: list[list[Item]] = []
+        self.queue.learn_speed(0.1)
+        self.waiting: set[Item] = set()
+        self.with_encoder: list[list[Item]] = []
+        self.with_head: list[list[Item]] = []
         self.jobs: list[Job] = []
         self.cancelled: list[Job] = []
+        self.first_led = True
 
-    @rule(lengths=st.lists(st.integers(1, 128), min_size=1, max_size=4), patience=st.none() | st.integers(1, 5))
-    def submit(self, lengths: list[int], patience: int | None) -> None:
+    @rule(
+        lengths=st.lists(st.integers(1, 128), min_size=1, max_size=4),
+        patience=st.none() | st.integers(1, 5),
+        priority=st.sampled_from(["high", "normal", "normal", "low"]),
+    )
+    def submit(self, lengths: list[int], patience: int | None, priority: Priority) -> None:
         before = sum(item.length for item in self.waiting)
         deadline = math.inf if patience is None else self.queue.clock.now + patience
         try:
-            job = self.queue.submit(*lengths, deadline=deadline)
+            job = self.queue.submit(*lengths, deadline=deadline, priority=priority)
         except QueueFull:
             assert before
-            assert before + sum(lengths) > 200
+            assert before + sum(lengths) > self.SHARE[priority]
             return
-        assert not before or before + sum(lengths) <= 200
+        assert not before or before + sum(lengths) <= self.SHARE[priority]
         self.jobs.append(job)
-        self.waiting.update(dict.fromkeys(job.items))
+        self.waiting.update(job.items)
 
     @rule(seconds=st.integers(1, 3))
     def time_passes(self, seconds: int) -> None:
@@ -273,28 +421,56 @@ class AnyHistory(RuleBasedStateMachine):
         return item.job.deadline <= self.queue.clock.now
 
     @precondition(lambda self: any(not self._late(item) for item in self.waiting))
-    @rule()
-    def take(self) -> None:
-        batch = self.queue.take()
+    @rule(budget=st.sampled_from([96, 96, 40]))
+    def take(self, budget: int) -> None:
+        batch = self.queue.scheduler.take(budget)
+        assert batch
         self._forget_over()
-        length = max(padded(item.length) for item in batch)
-        assert batch[0] is next(iter(self.waiting))
-        assert len(batch) <= 3
-        assert len(batch) == 1 or len(batch) * length <= 96
-        assert all(padded(item.length) * 2 > length for item in batch)
-        for item in batch:
-            del self.waiting[item]
-        self.in_engine.append(batch)
+        length = padded(batch[0].length)
+        assert set(batch) <= self.waiting
+        assert len(batch) == len(set(batch)) <= 3
+        assert len(batch) == 1 or len(batch) * length <= budget
+        assert all(length / 2 < padded(item.length) <= length for item in batch)
+        assert len(batch) == 1 or not any(item.lost for item in batch)
+        # The lowest rank leads at least every other batch, and nobody who comes long after an item has a lower one.
+        first = min(self.waiting, key=lambda item: (item.rank, item.order))
+        assert batch[0] is first or self.first_led
+        assert batch[0] is first or batch[0].job.deadline == min(item.job.deadline for item in self.waiting)
+        self.first_led = batch[0] is first
+        for item in self.waiting:
+            assert first.rank <= item.rank <= item.job.admitted_at + self.LONGEST_DELAY_S
+        # Of one priority and length, who came first goes first, but for the leader and for what goes alone.
+        for item in batch[1:]:
+            for other in self.waiting - set(batch):
+                same = (item.job.priority, padded(item.length)) == (other.job.priority, padded(other.length))
+                assert not same or other.lost or other.rank > item.rank or other.order > item.order
+        self.waiting -= set(batch)
+        self.with_encoder.append(batch)
 
-    @precondition(lambda self: self.in_engine)
-    @rule(poison=st.booleans())
-    def engine_answers(self, poison: bool) -> None:
-        batch = self.queue.scheduler.still_wanted(self.in_engine.pop(0), "head")
+    @precondition(lambda self: self.with_encoder)
+    @rule(data=st.data(), fate=st.sampled_from(["encoded", "poison", "lost", "not begun"]))
+    def encoder_ends(self, data: st.DataObject, fate: str) -> None:
+        batch = self.with_encoder.pop(data.draw(st.integers(0, len(self.with_encoder) - 1)))
+        self._end_stage(batch, fate, self.with_head.append)
+
+    @precondition(lambda self: self.with_head)
+    @rule(data=st.data(), fate=st.sampled_from(["answered", "poison", "lost"]))
+    def head_ends(self, data: st.DataObject, fate: str) -> None:
+        batch = self.queue.scheduler.still_wanted(self.with_head.pop(0), "head")
         assert not any(self._late(item) or item.job.over for item in batch)
-        if batch and poison:
-            self.queue.scheduler.fail(batch[0].job, RuntimeError("poison"))
-            batch = self.queue.scheduler.still_wanted(batch, "head")
-        self.queue.finish(batch)
+        self._end_stage(batch, fate, self.queue.finish)
+
+    def _end_stage(self, batch: list[Item], fate: str, go_on: Callable[[list[Item]], object]) -> None:
+        if fate in ("lost", "not begun"):
+            twice = {item.job for item in batch if item.lost and fate == "lost"}
+            self.queue.scheduler.give_back(batch, lost=fate == "lost")
+            assert all(job.over for job in twice)
+            self.waiting.update(item for item in batch if not item.job.over)
+        else:
+            if batch and fate == "poison":
+                self.queue.scheduler.fail(batch[0].job, RuntimeError("poison"))
+                batch = batch[1:]
+            go_on(batch)
         self._forget_over()
 
     @precondition(lambda self: self.jobs)
@@ -306,13 +482,18 @@ class AnyHistory(RuleBasedStateMachine):
         self._forget_over()
 
     def _forget_over(self) -> None:
-        for item in [item for item in self.waiting if item.job.over]:
-            del self.waiting[item]
+        self.waiting = {item for item in self.waiting if not item.job.over}
 
     @invariant()
     def books_balance(self) -> None:
         assert self.queue.scheduler.queue_inputs == len(self.waiting)
         assert self.queue.scheduler.queue_tokens == sum(item.length for item in self.waiting)
+
+    @invariant()
+    def no_item_is_in_two_places(self) -> None:
+        inside = [item for batch in self.with_encoder + self.with_head for item in batch]
+        assert len(inside) == len(set(inside))
+        assert not self.waiting & set(inside)
 
     @invariant()
     def every_request_ends_once(self) -> None:
@@ -321,6 +502,15 @@ class AnyHistory(RuleBasedStateMachine):
         assert set(ended) == {job for job in self.jobs if job.over}
         for job in self.queue.returned:
             assert job.error is not None or all(item.result for item in job.items)
+
+    def teardown(self) -> None:
+        """However it went, the end leaves nobody waiting and nothing in the books."""
+        self.queue.scheduler.abort()
+        self.waiting.clear()
+        assert all(job.over for job in self.jobs)
+        self.books_balance()
+        self.every_request_ends_once()
+        assert self.queue.scheduler.take(96) is None
 
 
 AnyHistory.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
