@@ -1,11 +1,16 @@
-"""Memory of this process and of its cgroup, as Linux and the C library report it."""
+"""What Linux and the C library report of this process: memory, also of its cgroup, and what holds its threads up."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import resource
+from contextlib import suppress
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_LARGE_BLOCK = 1 << 20
 _UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number near 2⁶³
 
 
@@ -33,6 +38,33 @@ def heap_bytes() -> dict[str, int]:
         return {}
     heap = _libc.mallinfo2()
     return {"allocated": heap.uordblks + heap.hblkhd, "reserved": heap.arena + heap.hblkhd}
+
+
+def cpu_wait_s() -> float:
+    """Seconds that threads of this process were ready to run but had no CPU, be it for others or for the cgroup's quota.
+
+    Threads that have ended do not count.
+    """
+    waited_ns = 0
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(OSError), open(f"/proc/self/task/{thread}/schedstat", "rb", buffering=0) as file:  # it may have ended
+            waited_ns += int(file.read().split()[1])
+    return waited_ns / 1e9
+
+
+def disk_waits() -> int:
+    """How often a thread of this process has waited for a page from disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
+def fix_heap_thresholds() -> None:
+    """Makes the C library (glibc) give large blocks back as soon as they are freed.
+
+    Left alone, it raises its thresholds with each large block that it frees, up to keeping 64 MiB in every thread's arena.
+    """
+    if hasattr(_libc, "mallopt"):
+        for threshold in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            _libc.mallopt(threshold, _LARGE_BLOCK)
 
 
 def trim_heap() -> None:
