@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote, urlsplit
 
 import axe_core_python
 import httpx
@@ -200,6 +200,47 @@ def test_the_lowest_score_leaves_out_the_same_labels_in_either_unit(page: Browse
     page.wait_for("document.querySelector('#predictions').textContent.startsWith('No label')")
 
 
+def test_labels_are_allowed_and_denied_with_the_keyboard(page: Browser, server: Process) -> None:
+    submit(page, TEXTS[0])
+    focus(page, "#allow-input")
+    page.type("topic 12")
+    page.wait_for("document.querySelector('#allow-input').ariaExpanded === 'true'")
+    options = texts_of(page, "#allow-list .name")
+    assert options == names(httpx.get(f"{server.url}/labels?query=topic+12&limit=8").json()["labels"])
+    active = "document.getElementById(document.querySelector('#allow-input').getAttribute('aria-activedescendant'))"
+    assert page.run(active) is None  # nothing is chosen before an arrow key is pressed
+    page.press("ArrowDown")
+    page.press("ArrowDown")
+    assert page.run(f"{active}.querySelector('.name').textContent") == options[1]
+    assert page.run(f"{active}.ariaSelected") == "true"
+    page.press("ArrowUp")
+    page.press("ArrowUp")  # round to the last one
+    assert page.run(f"{active}.querySelector('.name').textContent") == options[-1]
+    page.press("ArrowDown")
+    page.press("Enter")
+    assert page.run("document.querySelector('#allow-input').ariaExpanded") == "false"
+    choose(page, "allow", "topic 77")
+    chips = [options[0], "topic 77"]
+    assert texts_of(page, "#allow-chips .name") == chips
+    page.wait_for(f"{ANSWERED} && document.querySelectorAll('.labels li').length === 2")
+    assert sorted(page.run(NAMES)) == sorted(chips)
+
+    choose(page, "deny", "topic 77")
+    page.wait_for("document.querySelectorAll('.labels li').length === 1")
+    assert page.run(NAMES) == chips[:1]
+    assert page.run("document.querySelector('#options-count').textContent") == "(2 changed)"
+
+    focus(page, "#allow-input")
+    page.press("Backspace")
+    page.press("Backspace")
+    page.wait_for("document.querySelectorAll('.labels li').length === 10")
+    assert texts_of(page, "#allow-chips .name") == []
+    assert ("button", "Remove topic 77 t-77") in page.controls()
+    page.run("document.querySelector('#deny-chips button').click()")
+    page.wait_for("document.querySelector('#options-count').textContent === ''")
+    assert page.run("document.activeElement.id") == "deny-input"
+
+
 def test_a_found_label_is_chosen_with_the_mouse(page: Browser) -> None:
     focus(page, "#deny-input")
     page.type("topic 3")
@@ -323,6 +364,13 @@ def test_an_error_names_the_field_and_leads_to_it(page: Browser) -> None:
     assert page.run("document.querySelector('#text').ariaInvalid") is None
 
 
+def test_an_address_with_a_label_that_is_unknown_says_which_filter_is_wrong(tab: Browser, server: Process) -> None:
+    tab.open(f"{server.url}/#text=a&allow=t-1&allow=nobody")
+    tab.wait_for(PROBLEM)
+    assert "Only these labels 2" in tab.run(PROBLEM)
+    assert "/labels/allow/1" in tab.run(PROBLEM)
+
+
 def test_a_server_that_ended_is_said_so(tab: Browser, serving: Serving) -> None:
     with serving() as local:
         tab.open(f"{local.url}/")
@@ -423,6 +471,25 @@ def test_what_is_shown_can_be_copied(page: Browser, server: Process) -> None:
         page.run(f"document.querySelector('[data-copy={what}]').click()")
         page.wait_for(f"document.querySelector('[data-copy={what}]').textContent === 'Copied'")
         assert page.run(f"navigator.clipboard.readText().then((text) => text === {expected})")
+
+
+def test_a_link_carries_the_text_and_the_settings(page: Browser, server: Process) -> None:
+    submit(page, "größer & mehr #1\nzwei")
+    choose(page, "deny", "topic 12")
+    page.run("document.querySelector('[name=scores][value=logit]').click()")
+    focus(page, "#top_k")
+    page.press("ArrowRight")
+    page.wait_for(f"{ANSWERED} && document.querySelectorAll('.labels li').length === 11")
+    link, shown = page.run("location.href"), page.run(NAMES)
+    address = parse_qs(urlsplit(link).fragment)
+    (denied,) = address.pop("deny")
+    assert address == {"text": ["größer & mehr #1\nzwei"], "top_k": ["11"], "scores": ["logit"]}
+    page.open("about:blank")
+    page.open(link)
+    page.wait_for(ANSWERED)
+    assert page.run(NAMES) == shown
+    assert texts_of(page, "#deny-chips .name") == names(httpx.get(f"{server.url}/labels?ids={denied}").json()["labels"])
+    assert page.run("document.querySelector('#text').value") == "größer & mehr #1\nzwei"
 
 
 def test_another_link_in_the_same_tab_is_followed(page: Browser, server: Process) -> None:
