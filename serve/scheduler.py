@@ -330,7 +330,8 @@ class Scheduler:
         first = min((line.first for line in self._buckets.values()), key=lambda item: (item.rank, item.order))
         urgent = self._by_deadline.first
         near = urgent.job.deadline <= self._clock() + _NEAR_BATCHES * self._batch_s
-        self._hurried = near and not self._hurried  # every other batch at most, or short deadlines would starve the rest
+        # Every other batch at most, or short deadlines would starve the rest.
+        self._hurried = near and urgent is not first and not self._hurried
         return urgent if self._hurried else first
 
     def _enter(self, item: Item) -> None:

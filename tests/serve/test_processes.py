@@ -155,8 +155,13 @@ def test_killing_workers_under_load_loses_no_request_and_killing_the_server_ends
 
 
 @pytest.mark.slow
-def test_a_server_with_several_workers_ends_cleanly(bundle_path: Path) -> None:
+def test_a_server_with_several_workers_reloads_and_ends_cleanly(bundle_path: Path) -> None:
     process = Process(bundle_path, "--device", "cpu,cpu")
+    workers = workers_of(process.popen.pid)
+    assert len(workers) == 2
+    process.popen.send_signal(signal.SIGHUP)
+    eventually(lambda: 'fanin_reloads_total{result="ok"} 1.0' in httpx.get(f"{process.url}/metrics").text)
+    assert not any(map(runs, workers))
     workers = workers_of(process.popen.pid)
     assert len(workers) == 2
     assert httpx.post(f"{process.url}/predict", json={"inputs": TEXTS}, timeout=60).status_code == 200
