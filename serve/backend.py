@@ -86,6 +86,7 @@ class Backend:
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         self.scheduler = Scheduler(
             max_queue_tokens=settings.max_queue_tokens,
+            max_late_s=settings.max_queue_ms / 1000,
             max_batch_inputs=settings.max_batch_inputs,
             padded=engine.padded,
             deliver=partial(_deliver, loop),  # not a method of self: a backend in a cycle would keep its memory

@@ -6,11 +6,15 @@ batch goes through two stages, encoder and head; what nobody waits for any more 
 
 **Order.** At admission each item gets a rank, a time; the lowest leads the next batch. It never changes, so nothing starves:
 
-    rank = time of admission + the priority's handicap + the engine's time for the texts before it in its own request
+    rank = time of admission + the priority's handicap + twice the engine's time for the texts before it in its request
 
 The handicap is 0 s for high priority, 5 s for normal and 10 s for low: an item lets those of the next higher priority pass that
-come up to 5 s after it. The last term lines the texts of a large request up as if they came one after the other, so those of a
-small request pass between them. Low priority may fill half of the queue, high priority a quarter more than there is for normal.
+come up to 5 s after it. The last term lines the texts of a large request up as if they came one after the other and half of the
+engine's time were theirs, so those of small requests pass between them.
+
+**Admission.** The queue takes a burst of so many tokens, but no lasting overload: while the item that leads is too far behind
+its turn, jobs that would come after it are refused (as CoDel does; Nichols and Jacobson 2012, "Controlling Queue Delay"). Low
+priority may fill half of the queue, high priority a quarter more than there is for normal.
 
 **Deadline.** An item that would be late if another batch went before it leads, whatever its rank and the earliest deadline
 first, but not two batches in a row.
@@ -140,6 +144,7 @@ class Scheduler:
 
     max_queue_tokens  tokens that may wait, times the priority's share; an empty queue takes a job of any size
     max_batch_inputs  items per batch
+    max_late_s        how far the item that leads may be behind its turn before jobs are refused
     padded            length → length it is padded to, which names its bucket
     deliver           called with jobs that finished or failed, from the thread that ended them
     engines           how many take batches
@@ -150,12 +155,13 @@ class Scheduler:
         *,
         max_queue_tokens: int,
         max_batch_inputs: int,
+        max_late_s: float = float("inf"),
         padded: Callable[[int], int],
         deliver: Callable[[list[Job]], None],
         engines: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._max_queue_tokens, self._max_batch_inputs = max_queue_tokens, max_batch_inputs
+        self._max_queue_tokens, self._max_batch_inputs, self._max_late_s = max_queue_tokens, max_batch_inputs, max_late_s
         self._padded, self._deliver, self._engines, self._clock = padded, deliver, engines, clock
         self._buckets: dict[int, _Line] = {}  # by padded length, each by rank, none empty
         self._by_deadline = _Line()  # the same items
@@ -189,7 +195,7 @@ class Scheduler:
             rank += _LEVELS[job.priority].handicap_s
             for item in job.items:
                 item.bucket, item.order, item.rank = self._padded(item.length), self._arrivals, rank
-                rank += item.length * self._token_s / self._engines
+                rank += 2 * item.length * self._token_s / self._engines
                 self._arrivals += 1
                 self._enter(item)
             self._changed.notify_all()
@@ -298,7 +304,13 @@ class Scheduler:
     def _check(self, tokens: int, priority: Priority) -> None:
         if self._closed:
             raise Closed("no more jobs are taken")
-        if self.queue_tokens and self.queue_tokens + tokens > self._max_queue_tokens * _LEVELS[priority].queue_share:
+        if not self.queue_tokens:
+            return
+        full = self.queue_tokens + tokens > self._max_queue_tokens * _LEVELS[priority].queue_share
+        first, now = self._first(), self._clock()
+        passes = first.rank > now + _LEVELS[priority].handicap_s
+        late_s = now + _LEVELS[first.job.priority].handicap_s - first.rank
+        if full or (late_s > self._max_late_s and not passes):
             raise QueueFull(self.queue_tokens * self._token_s / self._engines)
 
     def _drop_late(self) -> list[Job]:
@@ -326,8 +338,11 @@ class Scheduler:
             item.job.stage = "encoder"
         return batch
 
+    def _first(self) -> Item:
+        return min((line.first for line in self._buckets.values()), key=lambda item: (item.rank, item.order))
+
     def _leader(self) -> Item:
-        first = min((line.first for line in self._buckets.values()), key=lambda item: (item.rank, item.order))
+        first = self._first()
         urgent = self._by_deadline.first
         near = urgent.job.deadline <= self._clock() + _NEAR_BATCHES * self._batch_s
         # Every other batch at most, or short deadlines would starve the rest.

@@ -179,6 +179,13 @@ class Settings:
         "tokens that may wait before requests are answered 429; an empty queue takes any request",
         _at_least(1),
     )
+    max_queue_ms: int = _setting(
+        "limits",
+        400,
+        "milliseconds that the queue may be behind before requests are answered 429, however few tokens wait",
+        _at_least(1),
+        "MS",
+    )
     max_inputs: int = _setting("limits", 128, "texts in one request, at most", _at_least(1))
     max_top_k: int = _setting("limits", 1000, "labels per text a request may ask for", _at_least(1))
     max_filter_labels: int = _setting("limits", 10_000, "labels that a request may allow and deny, together", _at_least(1))

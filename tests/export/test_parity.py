@@ -54,7 +54,7 @@ def test_a_bundle_equals_its_checkpoint(exported: Path, checkpoint: dict[str, An
 
 def test_places_that_are_not_those_of_the_labels_are_found(exported: Path, checkpoint: dict[str, Any]) -> None:
     bundle = open_bundle(exported)
-    with pytest.raises(ParityError, match="^the labels' places are not those in the checkpoint's head$"):
+    with pytest.raises(ParityError, match=r"^the labels' places are not those in the checkpoint's head$"):
         prove(replace(bundle, places=bundle.places[::-1]), **checkpoint)
 
 

@@ -30,11 +30,14 @@ def padded(length: int) -> int:
 class Queue:
     """A scheduler with its clock and what it has handed back."""
 
-    def __init__(self, *, queue: int = 1000, inputs: int = 4, tokens: int = 128, engines: int = 1) -> None:
+    def __init__(
+        self, *, queue: int = 1000, inputs: int = 4, tokens: int = 128, engines: int = 1, late_s: float = math.inf
+    ) -> None:
         self.clock, self.returned, self.tokens = Clock(), [], tokens
         self.scheduler = Scheduler(
             max_queue_tokens=queue,
             max_batch_inputs=inputs,
+            max_late_s=late_s,
             padded=padded,
             deliver=self.returned.extend,
             engines=engines,
@@ -280,6 +283,27 @@ def test_low_priority_may_fill_half_of_the_queue_and_high_a_little_more_than_all
         queue.submit(1, priority="high")
 
 
+def test_a_burst_is_taken_and_a_lasting_overload_is_not() -> None:
+    queue = Queue(late_s=0.4)
+    first = [queue.submit(5) for _ in range(20)]
+    queue.clock.now += 0.5
+    with pytest.raises(QueueFull):
+        queue.submit(5)
+    queue.submit(5, priority="high")  # it passes those that are late
+    while any(item.waits for job in first for item in job.items):
+        queue.finish(queue.take())
+    queue.submit(5)
+
+
+def test_the_texts_of_a_large_request_are_not_late_before_their_turn() -> None:
+    queue = Queue(inputs=1, late_s=0.4)
+    queue.learn_speed(0.1)
+    queue.submit(*[10] * 10)  # a second's work each
+    queue.finish(queue.take())
+    queue.clock.now += 1
+    queue.submit(10)
+
+
 def test_a_small_request_passes_between_the_texts_of_a_large_one() -> None:
     queue = Queue(inputs=1)
     queue.learn_speed(0.1)
@@ -287,7 +311,7 @@ def test_a_small_request_passes_between_the_texts_of_a_large_one() -> None:
     queue.clock.now += 3.5
     small = queue.submit(10)
     order = [item for _ in range(11) for item in queue.take()]
-    assert order.index(small.items[0]) == 4
+    assert order.index(small.items[0]) == 2  # half of the engine's time is the large request's
     assert [item for item in order if item.job is large] == large.items
 
 
@@ -382,7 +406,7 @@ class AnyHistory(RuleBasedStateMachine):
     """Whatever happens, in whatever order: the books balance, limits hold, and every request ends exactly once."""
 
     SHARE: ClassVar = {"high": 250, "normal": 200, "low": 100}
-    LONGEST_DELAY_S = 10 + 4 * 128 * 0.1  # the handicap of low priority, and the longest request
+    LONGEST_DELAY_S = 10 + 2 * 4 * 128 * 0.1  # the handicap of low priority, and twice the longest request
 
     def __init__(self) -> None:
         super().__init__()
