@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a CUDA device"),
 ]
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
-LABELS, MAX_LENGTH = 90, 24
+LABELS, MAX_LENGTH = 90, 16
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +54,7 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="session", params=["onnx", "torch"])
 def engine(request: pytest.FixtureRequest, small_bundle: Bundle) -> GpuEngine:
     engine = GpuEngine(small_bundle, 1, DEVICE, request.param)
-    assert engine.warm_up(max_inputs=6, max_tokens=64) > 0
+    assert engine.warm_up(max_inputs=3, max_tokens=64) > 0
     return engine
 
 
@@ -77,7 +77,7 @@ def assert_same_best(bundle: Bundle, x: np.ndarray, best: tuple[np.ndarray, np.n
 TOLERANCE = 1e-4 if INTERPRETED else 2e-2
 
 
-@pytest.mark.parametrize("k", [1, 10, 16, 17, 40])
+@pytest.mark.parametrize("k", [1, 16, 17])
 def test_answers_are_those_of_the_cpu(engine: GpuEngine, small_bundle: Bundle, sequences: list[list[int]], k: int) -> None:
     expected = CpuEngine(small_bundle, 1).encode(sequences)
     x = engine.encode(sequences)
@@ -89,9 +89,9 @@ def test_answers_are_those_of_the_cpu(engine: GpuEngine, small_bundle: Bundle, s
 
 
 def test_padding_rows_and_company_change_nothing(engine: GpuEngine, sequences: list[list[int]]) -> None:
-    """Batches of 1, 2, 4 and 6 are recorded; others are padded to these or run as they are."""
+    """Batches of up to 3 are recorded; larger ones run as they are."""
     together = engine.encode(sequences).tensor()
-    for count in (1, 3, 5, 7):
+    for count in (1, 3, 5):
         few = engine.encode(sequences[:count])
         torch.testing.assert_close(few.tensor(), together[:count], atol=TOLERANCE, rtol=0)
         scores, labels = engine.topk(few, 5)
