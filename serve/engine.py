@@ -118,7 +118,7 @@ class Engine(ABC):
         return 0.0
 
     def close(self) -> None:  # noqa: B027
-        """Ends what the engine runs in, if that is its own."""
+        """Ends what the engine runs in, if that is its own, and frees what it computes with. Its bundle stays open."""
 
     def device_memory(self) -> dict[str, int]:
         """Bytes of the device's memory: "used" and "total" of all processes, "allocated", "reserved" and "peak" of this one's
@@ -133,6 +133,9 @@ class CpuEngine(Engine):
         """Loads the encoder; BundleError when it does not fit the bundle."""
         super().__init__(bundle, threads)
         self._session = _open_encoder(bundle, threads)
+
+    def close(self) -> None:
+        del self._session
 
     def encode(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
         input_ids, attention_mask = self.padded_batch(sequences, len(sequences))

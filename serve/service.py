@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,6 @@ from serve.settings import Settings
 _log = logging.getLogger("fanin.serve")
 # A healthy engine may be this much slower than at warm-up: many labels per text, a reload beside it.
 _HANG_FACTOR, _HANG_TIMEOUT_S = 5, 1.5
-_LAST_ANSWERS = 1000  # hundredths of a second in which they should be written
 
 Status = Literal["loading", "ready", "draining", "engine-stopped"]
 
@@ -133,13 +131,8 @@ class Service:
             raise
         else:
             self.metrics.reloads.labels("ok").inc()
-            engine = weakref.ref(old.engine)
             await self._retire(old)
             del old
-            for _ in range(_LAST_ANSWERS):  # still hold the engine while they are written
-                if engine() is None:
-                    break
-                await asyncio.sleep(0.01)
             await asyncio.to_thread(trim_heap)
         finally:
             self._reloading = False

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 
 from serve.backend import Backend
+from serve.host import cpu_wait_s, disk_waits
 from serve.service import Service
 
 _log = logging.getLogger("fanin.serve")
@@ -26,8 +27,9 @@ _FLUSH_S = 0.5  # for the last answers to leave, and for probes to see that /liv
 class Watchdog:
     """Watches a service and its event loop from `start` to `stop`.
 
-    Time without progress is counted in the watchdog's own ticks: while the whole process stands still, stopped or on a
-    suspended machine, it does not count. When the service has failed, `end` is called, in the watchdog's thread.
+    Time without progress counts as far as there could have been some: not while the whole process stands still, stopped or on
+    a suspended machine, and little while its threads wait for a CPU or for pages from disk. When the service has failed, `end`
+    is called, in the watchdog's thread.
     """
 
     def __init__(
@@ -39,9 +41,10 @@ class Watchdog:
     ) -> None:
         self._service, self._loop, self._end, self._loop_timeout_s = service, loop, end, loop_timeout_s
         self._stopped = threading.Event()
-        self._engines: dict[Backend, tuple[float, int]] = {}  # when their batches began, ticks that saw the same one
-        self._loop_ticks = 0  # since the event loop was asked for a sign of life
+        self._engines: dict[Backend, tuple[float, float]] = {}  # when its batch began, seconds without progress
+        self._loop_s = 0.0  # since the event loop was asked for a sign of life
         self._loop_answered = True
+        self._cpu_wait_s, self._disk_waits = cpu_wait_s(), disk_waits()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
@@ -53,7 +56,8 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._stopped.wait(_TICK_S):
-            engine_fault, loop_stuck = self._check_engines(), self._check_loop()
+            passed_s = self._passed_s()
+            engine_fault, loop_stuck = self._check_engines(passed_s), self._check_loop(passed_s)
             if self._stopped.is_set():  # so an engine that ended was closed
                 return
             if engine_fault is None and not loop_stuck:
@@ -69,26 +73,33 @@ class Watchdog:
             self._end()
             return
 
-    def _check_engines(self) -> str | None:
+    def _passed_s(self) -> float:
+        """How much of the last tick counts. Never nothing, as a thread may be stuck while others wait."""
+        waited_s, waits = cpu_wait_s(), disk_waits()
+        held_up_s = waited_s - self._cpu_wait_s if waits == self._disk_waits else _TICK_S
+        self._cpu_wait_s, self._disk_waits = waited_s, waits
+        return min(_TICK_S, max(_TICK_S / 10, _TICK_S - held_up_s))
+
+    def _check_engines(self, passed_s: float) -> str | None:
         seen, self._engines = self._engines, {}
         for backend in self._service.backends:
             if not backend.alive and backend in self._service.backends:  # it was not retired just now
                 return "the engine died"
             began = time.monotonic() - backend.heartbeat_age_s
-            before, ticks = seen.get(backend, (0.0, 0))
-            ticks = ticks + 1 if began < before + _TICK_S / 2 else 0
-            if ticks * _TICK_S >= backend.hang_timeout_s:
+            before, stuck_s = seen.get(backend, (0.0, 0.0))
+            stuck_s = stuck_s + passed_s if began < before + _TICK_S / 2 else 0.0
+            if stuck_s >= backend.hang_timeout_s:
                 return f"the engine has made no progress for {backend.hang_timeout_s:.1f} s"
-            self._engines[backend] = began, ticks
+            self._engines[backend] = began, stuck_s
         return None
 
-    def _check_loop(self) -> bool:
+    def _check_loop(self, passed_s: float) -> bool:
         if self._loop_answered:
-            self._loop_answered, self._loop_ticks = False, 0
+            self._loop_answered, self._loop_s = False, 0.0
             self._loop.call_soon_threadsafe(self._on_loop)
         else:
-            self._loop_ticks += 1
-        return self._loop_ticks * _TICK_S >= self._loop_timeout_s
+            self._loop_s += passed_s
+        return self._loop_s >= self._loop_timeout_s
 
     def _on_loop(self) -> None:
         self._loop_answered = True

@@ -52,7 +52,7 @@ class Gateway:
             ended = time.perf_counter()
             route = getattr(scope.get("route"), "path", "unmatched")
             code = exchange.code or CLIENT_CLOSED_REQUEST
-            answer = scope["state"].get("answer")
+            answer = scope["state"].pop("answer", None)  # uvicorn keeps the scope until the connection's next request
             self._metrics.requests_in_progress.dec()
             self._metrics.requests.labels(route, code).inc()
             self._metrics.request_duration.labels(route).observe(ended - exchange.began)

@@ -203,17 +203,36 @@ def test_draining_finishes_what_is_under_way_and_takes_nothing_new(serving: Serv
         eventually(lambda: local.metric("draining") == 1)
         problem_of(post(local, inputs="a"), 503, "draining")
         problem_of(httpx.get(f"{local.url}/readyz"), 503, "draining")
-        assert httpx.get(f"{local.url}/livez").status_code == 200
+        alive = httpx.get(f"{local.url}/livez")
+        assert (alive.status_code, alive.headers["connection"]) == (200, "close")
         assert not drained.is_set()
         local.engine.gate.set()
-        assert first.result().status_code == 200
+        answer = first.result()
+        assert (answer.status_code, answer.headers["connection"]) == (200, "close")
         assert drained.wait(20)
 
 
-def test_a_drain_that_takes_too_long_is_given_up(serving: Serving, pool: ThreadPoolExecutor) -> None:
+def test_load_balancers_have_time_to_notice_a_drain(serving: Serving) -> None:
+    with serving(drain_delay_s=1) as local:
+        assert "connection" not in post(local, inputs="a").headers
+        drained = start_drain(local)
+        eventually(lambda: local.metric("draining") == 1)
+        problem_of(httpx.get(f"{local.url}/readyz"), 503, "draining")
+        answer = post(local, inputs="a")
+        assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        assert drained.wait(20)
+        problem_of(post(local, inputs="a"), 503, "draining")
+
+
+def test_what_a_drain_has_no_time_for_is_answered_503(serving: Serving, pool: ThreadPoolExecutor) -> None:
     with serving(drain_timeout_s=0) as local:
-        occupy(local, pool)
+        first = occupy(local, pool)
+        waiting = pool.submit(post, local, inputs=TEXTS)
+        eventually(lambda: local.metric("queue_inputs") == len(TEXTS))
         assert start_drain(local).wait(20)
+        for response in (first.result(), waiting.result()):
+            problem_of(response, 503, "draining")
+            assert response.headers["retry-after"]
 
 
 def test_a_long_text_does_not_hold_up_the_event_loop(serving: Serving, pool: ThreadPoolExecutor) -> None:

@@ -74,7 +74,7 @@ def test_the_old_model_is_freed_without_the_garbage_collector(
         gc.disable()
         try:
             assert start_reload(local, other_path).result(20)
-            assert engine() is None
+            eventually(lambda: engine() is None)
         finally:
             gc.enable()
 
