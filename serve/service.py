@@ -26,6 +26,7 @@ from serve.settings import Settings
 _log = logging.getLogger("fanin.serve")
 # A healthy engine may be this much slower than at warm-up: many labels per text, a reload beside it.
 _HANG_FACTOR, _HANG_TIMEOUT_S = 5, 1.5
+_PROCESS_HANG_TIMEOUT_S = 10.0  # the others work on meanwhile, so patience costs less than a needless replacement
 
 Status = Literal["loading", "ready", "draining", "engine-stopped"]
 
@@ -201,7 +202,8 @@ class Service:
         largest_batch_s = max(engine.warm_up(settings.max_batch_inputs, settings.max_batch_tokens) for engine in engines)
         self.metrics.model_load_duration.set(loaded - began)
         self.metrics.warmup_duration.set(time.perf_counter() - loaded)
-        hang_timeout_s = settings.hang_timeout_s or max(_HANG_TIMEOUT_S, _HANG_FACTOR * largest_batch_s)
+        least_s = _HANG_TIMEOUT_S if len(engines) == 1 else _PROCESS_HANG_TIMEOUT_S
+        hang_timeout_s = settings.hang_timeout_s or max(least_s, _HANG_FACTOR * largest_batch_s)
         return Backend(engines, settings, self.metrics, loop, hang_timeout_s)
 
     def _serve(self, backend: Backend) -> None:
