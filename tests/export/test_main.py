@@ -252,4 +252,4 @@ def test_help_and_usage_come_at_once() -> None:
 
 def test_the_manifest_is_json_for_other_readers(exported: Path) -> None:
     fields = json.loads((exported / "manifest.json").read_text(encoding="utf-8"))
-    assert (fields["format"], fields["version"], fields["labels"]) == ("fanin-bundle", 1, LABELS)
+    assert (fields["format"], fields["version"], fields["labels"]) == ("fanin-bundle", 2, LABELS)
