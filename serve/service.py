@@ -25,7 +25,7 @@ from serve.settings import Settings
 
 _log = logging.getLogger("fanin.serve")
 # A healthy engine may be this much slower than at warm-up: many labels per text, a reload beside it.
-_HANG_FACTOR, _HANG_TIMEOUT_S = 5, 1.5
+_HANG_FACTOR, _HANG_TIMEOUT_S = 4, 1.5
 _PROCESS_HANG_TIMEOUT_S = 10.0  # the others work on meanwhile, so patience costs less than a needless replacement
 
 Status = Literal["loading", "ready", "draining", "engine-stopped"]
@@ -121,7 +121,7 @@ class Service:
         try:
             new = await self._open(path or self._path)
             if self.status != "ready":
-                new.close()
+                await asyncio.to_thread(new.close)
                 raise NotReady(self.status)
             old_version, new_version = self.engine.version, new.engine.version
             old = self.backends[-1]
@@ -198,13 +198,18 @@ class Service:
             lambda i: self.metrics.worker_restarts.labels(str(i)).inc(),
             settings.encoder_runtime,
         )
-        loaded = time.perf_counter()
-        largest_batch_s = max(engine.warm_up(settings.max_batch_inputs, settings.max_batch_tokens) for engine in engines)
-        self.metrics.model_load_duration.set(loaded - began)
-        self.metrics.warmup_duration.set(time.perf_counter() - loaded)
-        least_s = _HANG_TIMEOUT_S if len(engines) == 1 else _PROCESS_HANG_TIMEOUT_S
-        hang_timeout_s = settings.hang_timeout_s or max(least_s, _HANG_FACTOR * largest_batch_s)
-        return Backend(engines, settings, self.metrics, loop, hang_timeout_s)
+        try:
+            loaded = time.perf_counter()
+            largest_batch_s = max(engine.warm_up(settings.max_batch_inputs, settings.max_batch_tokens) for engine in engines)
+            self.metrics.model_load_duration.set(loaded - began)
+            self.metrics.warmup_duration.set(time.perf_counter() - loaded)
+            least_s = _HANG_TIMEOUT_S if len(engines) == 1 else _PROCESS_HANG_TIMEOUT_S
+            hang_timeout_s = settings.hang_timeout_s or max(least_s, _HANG_FACTOR * largest_batch_s)
+            return Backend(engines, settings, self.metrics, loop, hang_timeout_s)
+        except BaseException:
+            for engine in engines:
+                engine.close()
+            raise
 
     def _serve(self, backend: Backend) -> None:
         self.backends = (*self.backends, backend)

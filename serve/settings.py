@@ -168,7 +168,7 @@ class Settings:
         None,
         "seconds without progress after which the engine counts as stuck: /livez fails and the process ends with status 3, or, "
         "with several devices, the engine's process is replaced; "
-        "inf for never (default: 5 times the largest batch at warm-up, at least 1.5, or 10 with several devices)",
+        "inf for never (default: 4 times the largest batch at warm-up, at least 1.5, or 10 with several devices)",
         _seconds,
         "S",
     )

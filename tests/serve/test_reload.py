@@ -126,6 +126,11 @@ def test_an_engine_that_fails_to_warm_up_changes_nothing(
         def warm_up(self, max_inputs: int, max_tokens: int) -> float:
             raise RuntimeError("too cold")
 
+        def close(self) -> None:
+            super().close()
+            closed.set()
+
+    closed = threading.Event()
     with serving() as local:
         monkeypatch.setattr(Engine, "open", lambda path, *_: Cold(path))
         with pytest.raises(RuntimeError, match="too cold"):
@@ -133,6 +138,7 @@ def test_an_engine_that_fails_to_warm_up_changes_nothing(
         assert post(local, inputs="a").json()["model"] == "topics"
         assert local.metric("reloads_total", result="failed") == 1
         assert local.service.status == "ready"
+        assert closed.is_set()
 
 
 class Administered(Process):
