@@ -34,7 +34,7 @@ __all__ = ["BundleError", "DeviceError", "KeysError", "ListenError", "run"]
 
 _log = logging.getLogger("fanin.serve")
 _EXIT_FAILED = 3
-_LINGER_S = 0.2
+_LAST_LOOKS, _LAST_LOOK_S = 5, 0.2  # for requests, before the listener is closed
 
 
 class ListenError(Exception):
@@ -77,10 +77,11 @@ class _Server(uvicorn.Server):
         task.add_done_callback(self._tasks.discard)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for server in self.servers:
-            server.close()
-        if not self.force_exit:  # what was sent before clients could know gets an answer: 503
-            await asyncio.sleep(_LINGER_S)
+        for _ in range(_LAST_LOOKS if self._draining else 0):  # what comes before clients know is answered, with 503
+            count = self.server_state.total_requests
+            await asyncio.sleep(_LAST_LOOK_S)
+            if self.force_exit or self.server_state.total_requests == count:
+                break
         await super().shutdown(sockets)
 
     async def _load(self) -> None:
@@ -156,6 +157,7 @@ async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket, adm
                 _administered(create_admin_app(service, keys, server.drain), service, admin_listener)
             )
         await server.serve([listener])
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already; uvicorn has put the deadly default back
     if service.failure is not None:
         _give_up()
     watchdog.stop()
