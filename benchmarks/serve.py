@@ -238,9 +238,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--reloads", type=measure.count, default=5, help="default: %(default)s")
     parser.add_argument(
         "--serve-flags",
-        default="--max-queue-tokens 2560",
+        default="",
         metavar="FLAGS",
-        help="for python -m serve, as one argument (default: %(default)s, less than a second of work for two cores)",
+        help="for python -m serve, as one argument (default: none)",
     )
     parser.add_argument(
         "--encoder",

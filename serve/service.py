@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ _log = logging.getLogger("fanin.serve")
 # A healthy engine may be this much slower than at warm-up: many labels per text, a reload beside it.
 _HANG_FACTOR, _HANG_TIMEOUT_S = 4, 1.5
 _PROCESS_HANG_TIMEOUT_S = 10.0  # the others work on meanwhile, so patience costs less than a needless replacement
+_LAST_ANSWERS_S = 5.0
 
 Status = Literal["loading", "ready", "draining", "engine-stopped"]
 
@@ -132,8 +135,10 @@ class Service:
             raise
         else:
             self.metrics.reloads.labels("ok").inc()
+            engine = weakref.ref(old.engine)
             await self._retire(old)
             del old
+            await _gone(engine)
             await asyncio.to_thread(trim_heap)
         finally:
             self._reloading = False
@@ -239,3 +244,11 @@ class Service:
     def _abort(self, status: Status) -> None:
         for backend in self.backends:
             backend.abort(lambda: NotReady(status))
+
+
+async def _gone(engine: weakref.ref[Engine]) -> None:
+    """Waits for the last answers that are still written with its labels."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_ANSWERS_S):
+            while engine() is not None:
+                await asyncio.sleep(0.01)
