@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from serve.answers import Scores
 from serve.http.schema import Count, Size
 from serve.http.tensors import Datatype
+from serve.scheduler import Priority
+
+_LEVELS: tuple[Priority, ...] = ("normal", "high", "normal", "low")  # Triton's: 0 is its default, 1 the highest
 
 
 class Parameters(BaseModel):
@@ -21,7 +24,14 @@ class Parameters(BaseModel):
     truncate: bool = Field(default=True, strict=True)
     timeout_ms: Count | None = None
     timeout: Size | None = Field(default=None, description="Microseconds, as Triton's clients have it; 0 for none.")
+    priority: Priority | Size = Field(
+        default="normal", description="Or as Triton's clients have it: 1 is high, 0 and 2 are normal, all from 3 on low."
+    )
     binary_data_output: bool = Field(default=False, strict=True, description="Give all outputs in binary.")
+
+    @property
+    def level(self) -> Priority:
+        return self.priority if isinstance(self.priority, str) else _LEVELS[min(self.priority, len(_LEVELS) - 1)]
 
 
 class InputParameters(BaseModel):

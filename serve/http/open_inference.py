@@ -158,6 +158,7 @@ async def infer(request: Request, model: str, version: str | None = None) -> Res
         k=parameters.top_k,
         truncate=parameters.truncate,
         timeout_ms=parameters.timeout_ms or (-(-parameters.timeout // 1000) if parameters.timeout else None),
+        priority=parameters.level,
         inputs="/inputs/0/data",
         top_k="/parameters/top_k",
     )

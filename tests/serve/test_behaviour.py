@@ -84,22 +84,33 @@ def test_a_full_queue_answers_429_at_once_and_recovers(serving: Serving, pool: T
         assert post(local, inputs=TEXTS).status_code == 200
 
 
-def test_high_priority_passes_those_who_wait_and_low_lets_them_pass(serving: Serving, pool: ThreadPoolExecutor) -> None:
+def infer(local: Local, inputs: str, priority: str | int) -> httpx.Response:
+    tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": [inputs]}
+    body = {"inputs": [tensor], "parameters": {"priority": priority}}
+    return httpx.post(f"{local.url}/v2/models/topics/infer", json=body, timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("ask", "low", "normal", "high"), [(post, "low", "normal", "high"), (infer, "low", "normal", "high"), (infer, 7, 0, 1)]
+)
+def test_high_priority_passes_those_who_wait_and_low_lets_them_pass(
+    serving: Serving, pool: ThreadPoolExecutor, ask: Callable[..., httpx.Response], low: object, normal: object, high: object
+) -> None:
     with serving(max_batch_inputs=1) as local:
         first = occupy(local, pool)
         lengths: list[int] = []
         encode = local.engine.encode
         local.engine.encode = lambda sequences: (lengths.append(len(sequences[0])), encode(sequences))[1]
         waiting = []
-        for i, (priority, text) in enumerate([("low", "a"), ("normal", TEXTS[0]), ("high", TEXTS[3])], 1):
-            waiting.append(pool.submit(post, local, inputs=text, priority=priority))
+        texts = ["a", TEXTS[0], TEXTS[3]]
+        for i, (priority, text) in enumerate(zip((low, normal, high), texts, strict=True), 1):
+            waiting.append(pool.submit(ask, local, inputs=text, priority=priority))
             eventually(lambda i=i: local.metric("queue_inputs") == i)
         local.engine.gate.set()
-        assert first.result().status_code == 200
-        low, normal, high = (answer.result().json()["usage"]["tokens"] for answer in waiting)
-        assert lengths == [high, normal, low]
+        assert [answer.result().status_code for answer in (first, *waiting)] == [200] * 4
+        assert lengths == [len(tokens.ids) for tokens in local.engine.new_tokenizer()([TEXTS[3], TEXTS[0], "a"])]
         assert len(set(lengths)) == 3
-        problem_of(post(local, inputs="a", priority="urgent"), 422, "invalid-request")
+        problem_of(ask(local, inputs="a", priority="urgent"), 422, "invalid-request")
 
 
 @pytest.mark.parametrize("where", ["engine", "queue"])
