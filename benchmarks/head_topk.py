@@ -82,10 +82,10 @@ def compare(
     head: Head, weight: torch.Tensor, x: np.ndarray, args: argparse.Namespace, bandwidth: float
 ) -> list[dict[str, object]]:
     """Rows for one head and batch: ours, torch dense bf16 and, if asked for, torch dense fp32."""
-    block = head.blocks[0]
+    block, screens = head.blocks[0], kernels.screen(head)
     x_bf16 = torch.from_numpy(x).bfloat16()
     calls = {
-        block.connectivity: lambda: kernels.topk(x, head, args.k),
+        block.connectivity: lambda: kernels.topk(x, head, args.k, screens=screens),
         "torch-dense-bf16": lambda: (x_bf16 @ weight.T).topk(args.k),
     }
     if args.dense_fp32:

@@ -133,9 +133,10 @@ class CpuEngine(Engine):
         """Loads the encoder; BundleError when it does not fit the bundle."""
         super().__init__(bundle, threads)
         self._session = _open_encoder(bundle, threads)
+        self._screens = kernels.screen(bundle.head)
 
     def close(self) -> None:
-        del self._session
+        del self._session, self._screens
 
     def encode(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
         input_ids, attention_mask = self.padded_batch(sequences, len(sequences))
@@ -143,7 +144,7 @@ class CpuEngine(Engine):
         return embedding
 
     def topk(self, x: np.ndarray, k: int, allowed: Sequence[Subset | None] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        return kernels.topk(x, self.bundle.head, k, allowed)
+        return kernels.topk(x, self.bundle.head, k, allowed, self._screens)
 
     def warm_up(self, max_inputs: int, max_tokens: int) -> float:
         for length in sorted({self.padded(min(length, self.max_length)) for length in (16, 64, self.max_length)}):

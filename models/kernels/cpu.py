@@ -13,10 +13,11 @@ from typing import cast
 import numpy as np
 
 from models.head import Block, Head
+from models.kernels.screening import Screen
 from models.kernels.step import Loss, Moments, Optimizer, Positives
 from models.kernels.subset import EVERY, Subset
 
-INTERFACE = 2  # of _cpu, as csrc/bindings.cpp has it
+INTERFACE = 3  # of _cpu, as csrc/bindings.cpp has it
 _BUILD = "run `make set-up`, or `pip install -e .`, in the project's folder"
 try:
     import models.kernels._cpu as _cpu  # compiled: it has no source to look at
@@ -55,19 +56,37 @@ if forced := os.environ.get("FANIN_THREADS"):
     set_threads(int(forced))
 
 
-def _native(block: Block) -> _cpu.Block:
-    return _cpu.Block(
+def _native(block: Block, screen: Screen | None = None) -> _cpu.Block:
+    native = _cpu.Block(
         block.connectivity, block.width, block.dtype, block.values, block.bias, block.label_ids, cast(np.ndarray, block.indices)
     )
+    if screen is not None:
+        native.use_screen(screen.values, screen.start, screen.scale)
+    return native
 
 
-def topk(x: np.ndarray, head: Head, k: int, allowed: Sequence[Subset | None] | None = None) -> tuple[np.ndarray, np.ndarray]:
+def screen(block: Block) -> Screen | None:
+    """See models.kernels.screen."""
+    values = np.empty((block.groups, (block.fan_in + 1) // 2, block.group_size, 2), dtype=np.int8)
+    start = np.empty((block.groups, block.group_size), dtype=np.int16)
+    scale = np.empty((block.groups, 4), dtype=np.float32)
+    return Screen(values, start, scale) if _cpu.screen(_native(block), values, start, scale) else None
+
+
+def topk(
+    x: np.ndarray,
+    head: Head,
+    k: int,
+    allowed: Sequence[Subset | None] | None = None,
+    screens: Sequence[Screen | None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """See models.kernels.topk. OverflowError when scores of a row are not finite, so that no k best exist."""
     scores = np.empty((len(x), k), dtype=np.float32)
     labels = np.empty((len(x), k), dtype=np.int32)
     subsets = [EVERY if subset is None else subset for subset in allowed or ()]
     places, excluded = [subset.places for subset in subsets], [subset.excluded for subset in subsets]
-    _cpu.topk([_native(block) for block in head.blocks], x, k, places, excluded, scores, labels)
+    blocks = [_native(block, screen) for block, screen in zip(head.blocks, screens or [None] * len(head.blocks), strict=True)]
+    _cpu.topk(blocks, x, k, places, excluded, scores, labels)
     if (labels < 0).any():
         wanted = np.array([min(k, subset.size(head.n_labels)) for subset in subsets or [EVERY] * len(x)])
         if (short := (labels >= 0).sum(axis=1) < wanted).any():

@@ -62,19 +62,20 @@ def allowed_labels(head: Head, subset: Subset | None) -> np.ndarray:
 
 def assert_exact(x: np.ndarray, head: Head, k: int, allowed: list[Subset | None]) -> np.ndarray:
     """Each row has the best of its own labels, bit for bit and best first, and then nothing."""
-    scores, labels = kernels.topk(x, head, k, allowed)
     every = all_scores(x, head)
     k = min(k, head.n_labels)
-    assert (scores.shape, labels.shape) == ((len(x), k), (len(x), k))
-    for row, subset in enumerate(allowed):
-        mine = allowed_labels(head, subset)
-        count = min(k, int(mine.sum()))
-        np.testing.assert_array_equal(scores[row, :count], -np.sort(-every[row, mine])[:count])
-        np.testing.assert_array_equal(every[row, labels[row, :count]], scores[row, :count])
-        assert mine[labels[row, :count]].all()
-        assert len(set(labels[row, :count].tolist())) == count
-        assert (labels[row, count:] == -1).all()
-        assert (scores[row, count:] == -np.inf).all()
+    for screens in (kernels.screen(head), None):
+        scores, labels = kernels.topk(x, head, k, allowed, screens)
+        assert (scores.shape, labels.shape) == ((len(x), k), (len(x), k))
+        for row, subset in enumerate(allowed):
+            mine = allowed_labels(head, subset)
+            count = min(k, int(mine.sum()))
+            np.testing.assert_array_equal(scores[row, :count], -np.sort(-every[row, mine])[:count])
+            np.testing.assert_array_equal(every[row, labels[row, :count]], scores[row, :count])
+            assert mine[labels[row, :count]].all()
+            assert len(set(labels[row, :count].tolist())) == count
+            assert (labels[row, count:] == -1).all()
+            assert (scores[row, count:] == -np.inf).all()
     return scores
 
 

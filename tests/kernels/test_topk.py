@@ -51,12 +51,13 @@ def all_scores(x: np.ndarray, head: Head) -> np.ndarray:
 
 def assert_exact(x: np.ndarray, head: Head, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The answer is the k best of all scores, bit for bit: best first, no label twice, each with its own score."""
-    scores, labels = kernels.topk(x, head, k)
     every = all_scores(x, head)
-    assert (scores.dtype, labels.dtype) == (np.float32, np.int32)
-    np.testing.assert_array_equal(scores, -np.sort(-every, axis=1)[:, :k])
-    np.testing.assert_array_equal(np.take_along_axis(every, labels, axis=1), scores)
-    assert all(len(set(row)) == len(row) for row in labels.tolist())
+    for screens in (kernels.screen(head), None):
+        scores, labels = kernels.topk(x, head, k, screens=screens)
+        assert (scores.dtype, labels.dtype) == (np.float32, np.int32)
+        np.testing.assert_array_equal(scores, -np.sort(-every, axis=1)[:, :k])
+        np.testing.assert_array_equal(np.take_along_axis(every, labels, axis=1), scores)
+        assert all(len(set(row)) == len(row) for row in labels.tolist())
     return scores, labels
 
 

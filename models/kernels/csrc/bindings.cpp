@@ -69,7 +69,7 @@ static void train_step(const fanin::Block& block, Array<const float, -1, -1> x, 
 
 NB_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of the head (C++); use them through models.kernels.";
-  m.attr("interface") = 2;  // models/kernels/cpu.py compares it; goes up with every change of a signature below
+  m.attr("interface") = 3;  // models/kernels/cpu.py compares it; goes up with every change of a signature below
   nb::class_<fanin::Block>(m, "Block").def(
       "__init__",
       [](fanin::Block* self, const std::string& connectivity, int width, const std::string& dtype, const nb::object& values,
@@ -78,7 +78,15 @@ NB_MODULE(_cpu, m) {
       },
       "connectivity"_a, "width"_a, "dtype"_a, "values"_a, "bias"_a, "labels"_a, "indices"_a.none(),
       nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>(),
-      "Pointers into a block's buffers, which it keeps alive.");
+      "Pointers into a block's buffers, which it keeps alive.")
+      .def("use_screen", [](fanin::Block& self, Array<int8_t, -1, -1, -1, 2> values, Array<int16_t, -1, -1> start,
+                            Array<float, -1, 4> scale) {
+        self.screen = {values.data(), start.data(), (fanin::ScreenScale*)scale.data()};
+      }, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>());
+  m.def("screen", [](const fanin::Block& block, Array<int8_t, -1, -1, -1, 2> values, Array<int16_t, -1, -1> start, Array<float, -1, 4> scale) {
+    nb::gil_scoped_release release;
+    return fanin::screen(block, {values.data(), start.data(), (fanin::ScreenScale*)scale.data()});
+  });
   m.def("topk", [](const std::vector<fanin::Block>& blocks, Array<const float, -1, -1> x, int k, const std::vector<Array<const int64_t, -1>>& places,
                    const std::vector<bool>& excluded, Array<float, -1, -1> scores, Array<int32_t, -1, -1> labels) {
     std::vector<fanin::Subset> allowed;

@@ -5,6 +5,7 @@
 #include "forward.h"
 #include "gate.h"
 #include "loss.h"
+#include "screen.h"
 #include "select.h"
 #include "simd.h"
 #include "update.h"
@@ -36,7 +37,8 @@ bool along_batch(const Block& block, const Batch& x) {
 }
 
 template <class T>
-void topk(const Block& block, const Batch& x, int64_t begin, int64_t end, Gate* gate, Best& best, float* scratch) {
+void topk(const Block& block, const Batch& x, [[maybe_unused]] const Rows8* rows8, int64_t begin, int64_t end, Gate* gate, Best& best,
+          float* scratch) {
   const int G = block.group_size;
   const bool columns = along_batch(block, x);
   const uint16_t* open = gate ? gate->open : nullptr;
@@ -45,6 +47,23 @@ void topk(const Block& block, const Batch& x, int64_t begin, int64_t end, Gate* 
   for (int64_t n = begin; n < end; ++n) {
     if (gate && (n = next_group(*gate, x.rows, n, end, G)) == end) break;
     const Group<T> group(block, n);
+#if defined(FANIN_SCREENS)
+    if (rows8) {
+      uint8_t* found;
+      const int count = candidates(block, x, *rows8, n, best, limit, found);
+      if (count == 0) continue;
+      if (count <= x.rows / 4) {  // more are better off together
+        for (int b = 0; b < x.rows; ++b) {
+          if (!found[b]) continue;
+          const float* in = x.x + (int64_t)b * block.width;
+          forward_rows(block, group.values, group.index, Batch{1, 1, in, in}, group.bias, z);
+          Best one{best.k, best.scores + (int64_t)b * best.k, best.labels + (int64_t)b * best.k, best.count + b, best.threshold + b};
+          select_rows(z, 1, G, group.labels, open ? open + (int64_t)b * (G / 16) : nullptr, one);
+        }
+        continue;
+      }
+    }
+#endif
     if (columns) {
       forward_columns(block, group.values, group.index, x, group.bias, wf, z);
       select_columns(z, x.rows, x.ldx, G, group.labels, open, limit, best);
@@ -170,13 +189,28 @@ void backward(const Block& block, const Batch& x, const float* grad, int64_t beg
   }
 }
 
-void topk_any(const Block& block, const Batch& x, int64_t begin, int64_t end, Gate* gate, Best& best, float* scratch) {
+void topk_any(const Block& block, const Batch& x, const Rows8* rows8, int64_t begin, int64_t end, Gate* gate, Best& best,
+              float* scratch) {
   switch (block.dtype) {
-    case DType::fp32: return topk<float>(block, x, begin, end, gate, best, scratch);
-    case DType::fp16: return topk<fp16>(block, x, begin, end, gate, best, scratch);
-    case DType::bf16: return topk<bf16>(block, x, begin, end, gate, best, scratch);
+    case DType::fp32: return topk<float>(block, x, rows8, begin, end, gate, best, scratch);
+    case DType::fp16: return topk<fp16>(block, x, rows8, begin, end, gate, best, scratch);
+    case DType::bf16: return topk<bf16>(block, x, rows8, begin, end, gate, best, scratch);
   }
 }
+
+#if defined(FANIN_SCREENS)
+bool screen_any(const Block& block, int64_t begin, int64_t end, const Screen& out, float* scratch) {
+  if (block.group_size % LANES) return false;
+  switch (block.dtype) {
+    case DType::fp32: return make_screen<float>(block, begin, end, out, scratch);
+    case DType::fp16: return make_screen<fp16>(block, begin, end, out, scratch);
+    case DType::bf16: return make_screen<bf16>(block, begin, end, out, scratch);
+  }
+  return false;
+}
+#else
+constexpr bool (*screen_any)(const Block&, int64_t, int64_t, const Screen&, float*) = nullptr;
+#endif
 
 void scores_any(const Block& block, const Batch& x, int64_t begin, int64_t end, float* out, float* scratch) {
   switch (block.dtype) {
@@ -208,7 +242,7 @@ void backward_any(const Block& block, const Batch& x, const float* grad, int64_t
 #define FANIN_STRING_(a) #a
 #define FANIN_STRING(a) FANIN_STRING_(a)
 
-const Kernels FANIN_CAT(kernels_, FANIN_LEVEL) = {FANIN_STRING(FANIN_LEVEL), FANIN_LEVEL::topk_any, FANIN_LEVEL::scores_any,
+const Kernels FANIN_CAT(kernels_, FANIN_LEVEL) = {FANIN_STRING(FANIN_LEVEL), FANIN_LEVEL::topk_any, FANIN_LEVEL::screen_any, FANIN_LEVEL::scores_any,
                                                   FANIN_LEVEL::train_any, FANIN_LEVEL::backward_any};
 
 }  // namespace fanin

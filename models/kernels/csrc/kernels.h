@@ -10,6 +10,23 @@ enum class DType { fp32, fp16, bf16 };
 enum class Loss { bce, squared_hinge };
 enum class Update { sgd, momentum, adam };
 
+// A shared block's weights in 8 bits, see screen.h.
+struct ScreenScale {
+  float inverse;    // 1 / unit of the group's weights
+  float bias;       // the greatest of the group
+  float half_size;  // the greatest Σ|q| / 2
+  float rest;       // the greatest ‖e‖²
+};
+
+struct Screen {
+  int8_t* values;      // [N, ⌈K/2⌉, G, 2]: pairs of inputs side by side; null where a block has none
+  int16_t* start;      // [N, G], −128 · Σ q
+  ScreenScale* scale;  // [N]
+};
+
+constexpr float LARGEST_SCREENED = 1e18f, SMALLEST_UNIT = 1e-30f;
+constexpr int MAX_SCREENED_FAN_IN = 128;  // units are too coarse beyond
+
 struct Block {
   Connectivity connectivity;
   DType dtype;
@@ -19,6 +36,7 @@ struct Block {
   const uint16_t* indices;  // shared [N, K], private [N, K, G], dense null
   float* bias;              // [N, G]
   const int32_t* labels;    // [N, G], −1 = padding
+  Screen screen;
 };
 
 struct Batch {
@@ -26,6 +44,13 @@ struct Batch {
   int ldx;          // ≥ B; a multiple of 16 where a kernel runs along the batch
   const float* x;   // [B, D]
   const float* xt;  // [D, ldx], zero beyond B
+};
+
+// The rows of a batch in 8 bits, for a block with a screen.
+struct Rows8 {
+  const uint8_t* x;      // [D, ldx], u + 128
+  const float* squares;  // [D, ldx], (u + d)²
+  const float* inverse;  // [ldx], 1 / unit
 };
 
 // The k best of each row so far: one min-heap per row. threshold[b] is what a score must exceed; +inf in padding rows.
@@ -75,8 +100,10 @@ struct Step {
 // All work on groups [begin, end). `scratch` holds scratch_floats() floats, 64-byte aligned, one per thread.
 struct Kernels {
   const char* name;
-  // The gate may be null: then every label is allowed.
-  void (*topk)(const Block&, const Batch&, int64_t begin, int64_t end, Gate*, Best&, float* scratch);
+  // The gate may be null: then every label is allowed. So may the rows in 8 bits: then the block's screen is not used.
+  void (*topk)(const Block&, const Batch&, const Rows8*, int64_t begin, int64_t end, Gate*, Best&, float* scratch);
+  // False where a block's numbers do not fit. Null where the instruction set has no fast products of 8 bits.
+  bool (*screen)(const Block&, int64_t begin, int64_t end, const Screen&, float* scratch);
   void (*scores)(const Block&, const Batch&, int64_t begin, int64_t end, float* out, float* scratch);
   // Adds ∂loss/∂x to grad_xt [D, ldx] and returns the summed loss.
   double (*train)(const Block&, const Batch&, const Step&, int64_t begin, int64_t end, float* grad_xt, float* scratch);
@@ -91,7 +118,8 @@ constexpr int PRIVATE_BATCH = 8;
 inline int64_t scratch_floats(const Block& block, int ldx) {
   const int64_t tile = (int64_t)block.group_size * ldx;
   const int64_t weights = block.connectivity == Connectivity::private_ ? (int64_t)2 * block.fan_in * block.group_size : 0;
-  return 3 * tile + weights + 32 * (int64_t)block.group_size + ldx;
+  const int64_t screen = block.screen.values ? (int64_t)(block.fan_in / 2 + 4) * ldx : 0;
+  return 3 * tile + weights + screen + 32 * (int64_t)block.group_size + ldx;
 }
 
 extern const Kernels kernels_scalar;

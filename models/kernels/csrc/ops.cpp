@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -76,6 +77,35 @@ void reduce_transposed(const std::vector<Floats>& parts, int rows, int width, in
     }
 }
 
+// The rows of a batch in 8 bits; none when no block has a screen or a number is too large.
+class Bytes {
+ public:
+  Bytes(const std::vector<Block>& blocks, const Batch& batch) {
+    if (std::none_of(blocks.begin(), blocks.end(), [](const Block& block) { return block.screen.values; })) return;
+    const int width = blocks.front().width, rows = batch.rows, ldx = batch.ldx;
+    for (int b = 0; b < rows; ++b) {
+      float most = 0;
+      for (int d = 0; d < width; ++d) most = std::max(most, std::abs(batch.x[(int64_t)b * width + d]));
+      if (!(most < LARGEST_SCREENED)) return;
+      inverse_.push_back(1 / std::max(most / 127, SMALLEST_UNIT));
+    }
+    x_.resize((size_t)width * ldx), squares_.resize((size_t)width * ldx);
+    for (int b = 0; b < rows; ++b)
+      for (int d = 0; d < width; ++d) {
+        const float u = batch.x[(int64_t)b * width + d] * inverse_[b];
+        x_[(size_t)d * ldx + b] = (uint8_t)(128 + std::lrint(u)), squares_[(size_t)d * ldx + b] = u * u;
+      }
+    inverse_.resize(ldx, 1.0f);
+    rows_ = {x_.data(), squares_.data(), inverse_.data()};
+  }
+  const Rows8* of(const Block& block) const { return rows_.x && block.screen.values ? &rows_ : nullptr; }
+
+ private:
+  std::vector<uint8_t> x_;
+  std::vector<float> squares_, inverse_;
+  Rows8 rows_{};
+};
+
 // Contiguous slices, one per thread: the same sums in the same order for the same number of threads.
 template <class Work>
 void by_slice(int64_t groups, int workers, Work work) {
@@ -124,6 +154,7 @@ void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, con
       transpose(batch.x, part, width, xt.get(), batch.ldx);
       batch.xt = xt.get();
     }
+    const Bytes bytes(blocks, batch);
     std::vector<float> best_scores((size_t)workers * part * k), thresholds((size_t)workers * batch.ldx);
     std::vector<int32_t> best_labels((size_t)workers * part * k);
     std::vector<int> counts((size_t)workers * part);
@@ -143,7 +174,7 @@ void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, con
           Gate gate{};
           gate.rows = gated ? &allowed[row] : nullptr, gate.first = place;
           gate.next = gate_next.data() + (size_t)t * part, gate.open = gate_open.data() + (size_t)t * part * (largest / 16);
-          if (from < to) run.topk(block, batch, from, to, gated ? &gate : nullptr, best, scratches[t].get());
+          if (from < to) run.topk(block, batch, bytes.of(block), from, to, gated ? &gate : nullptr, best, scratches[t].get());
           offset += block.groups;
           place += block.groups * block.group_size;
         }
@@ -166,6 +197,16 @@ void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, con
       }
     }
   }
+}
+
+bool screen(const Block& block, const Screen& out) {
+  if (!kernels().screen || block.connectivity != Connectivity::shared || block.fan_in > MAX_SCREENED_FAN_IN) return false;
+  std::atomic<bool> fits{true};
+  by_slice(block.groups, workers_for(block.groups), [&](int, int64_t begin, int64_t end) {
+    Floats scratch((int64_t)(block.fan_in + 3) * block.group_size);
+    if (!kernels().screen(block, begin, end, out, scratch.get())) fits = false;
+  });
+  return fits;
 }
 
 void scores(const Block& block, const float* x, int rows, float* out) {

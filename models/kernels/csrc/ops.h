@@ -16,6 +16,8 @@ bool use_level(const char* name);
 // per row, or none at all when every row may give every label.
 void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, const std::vector<Subset>& allowed, float* scores,
           int32_t* labels);
+// Fills in the block's screen; false where it can have none on this machine.
+bool screen(const Block& block, const Screen& out);
 void scores(const Block& block, const float* x, int rows, float* out);
 // grad_x [B, D]; returns the loss, summed over labels and averaged over rows.
 double train_step(const Block& block, const float* x, int rows, const Step& step, float* grad_x);

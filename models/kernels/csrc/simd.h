@@ -145,6 +145,41 @@ FANIN_INLINE bool any_greater(const float* a, int n, float limit) {
 #endif
 }
 
+#if defined(FANIN_AVX2) || defined(FANIN_AVX512)
+typedef int16_t vs __attribute__((vector_size(4 * W)));
+
+FANIN_INLINE vs broadcast(int16_t s) { return s - vs{}; }
+FANIN_INLINE vs load(const int16_t* p) { vs v; std::memcpy(&v, p, sizeof v); return v; }
+
+// For each pair of bytes, x unsigned and w signed: x0 · w0 + x1 · w1.
+FANIN_INLINE vs pair_products(vu x, vs w) {
+#if defined(FANIN_AVX512)
+  return (vs)_mm512_maddubs_epi16((__m512i)x, (__m512i)w);
+#else
+  return (vs)_mm256_maddubs_epi16((__m256i)x, (__m256i)w);
+#endif
+}
+
+// For 16 rows each: both bytes, twice over.
+FANIN_INLINE void store_pairs(uint32_t* out, const uint8_t* first, const uint8_t* second) {
+  const __m128i a = _mm_loadu_si128((const __m128i*)first), b = _mm_loadu_si128((const __m128i*)second);
+  const __m128i low = _mm_unpacklo_epi8(a, b), high = _mm_unpackhi_epi8(a, b);
+  _mm_storeu_si128((__m128i*)out, _mm_unpacklo_epi16(low, low));
+  _mm_storeu_si128((__m128i*)out + 1, _mm_unpackhi_epi16(low, low));
+  _mm_storeu_si128((__m128i*)out + 2, _mm_unpacklo_epi16(high, high));
+  _mm_storeu_si128((__m128i*)out + 3, _mm_unpackhi_epi16(high, high));
+}
+
+// Whether a lane of a comparison is true.
+FANIN_INLINE bool any(vs found) {
+#if defined(FANIN_AVX512)
+  return _mm512_test_epi32_mask((__m512i)found, (__m512i)found);
+#else
+  return !_mm256_testz_si256((__m256i)found, (__m256i)found);
+#endif
+}
+#endif
+
 FANIN_INLINE vf square_root(vf a) {
 #if defined(FANIN_AVX512)
   return (vf)_mm512_sqrt_ps((__m512)a);
@@ -178,6 +213,7 @@ FANIN_INLINE void transpose(vf (&rows)[W]) {
   }
 }
 
+FANIN_INLINE float absolute(float a) { return __builtin_fabsf(a); }
 FANIN_INLINE vf absolute(vf a) { return (vf)((vu)a & 0x7FFFFFFFu); }
 
 FANIN_INLINE vf maximum(vf a, vf b) {

@@ -1,0 +1,137 @@
+"""The first look in 8 bits: it never changes an answer, and most weights are then never read."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from models import kernels
+from models.dtypes import encode
+from models.head import Block, Head
+from models.kernels import cpu
+from tests.kernels.cases import DTYPES, Shape, copy, each_level, head_of, random_block, random_input
+
+SCREENING = [level for level in cpu.LEVELS if level in ("avx2", "avx512")]
+each_screening_level = pytest.mark.parametrize("level", SCREENING, indirect=True)
+examples = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=80)
+
+
+def assert_same(x: np.ndarray, head: Head, k: int) -> None:
+    """With screens the scores are the same bit for bit, and so are the labels where there are no ties."""
+    screens = kernels.screen(head)
+    assert None not in screens
+    plain, screened = kernels.topk(x, head, k), kernels.topk(x, head, k, screens=screens)
+    np.testing.assert_array_equal(screened[0], plain[0])
+    for row, scores in enumerate(plain[0]):
+        if len(np.unique(scores)) == len(scores):
+            np.testing.assert_array_equal(screened[1][row], plain[1][row])
+
+
+@each_screening_level
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(1, 384, 30_000, 32, 32, threads=2),
+        Shape(2, 37, 20_000, 1, 32),
+        Shape(7, 101, 20_000, 33, 64, threads=2),
+        Shape(23, 384, 30_000, 32, 32, threads=2),
+        Shape(48, 768, 10_000, 128, 32),
+        Shape(50, 768, 20_000, 64, 96, threads=2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("k", [1, 10, 300])
+def test_answers_stay_the_same(shape: Shape, dtype: str, k: int, level: str) -> None:
+    cpu.set_threads(shape.threads)
+    assert_same(random_input(shape), head_of(random_block(shape, "shared", dtype)), k)
+
+
+@each_screening_level
+@examples
+@given(data=st.data())
+def test_whatever_the_numbers_are(level: str, data: st.DataObject) -> None:
+    """Groups and rows of very different size, outliers, zeros, biases that decide, nearly equal labels."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    D, K = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 60))
+    shape = Shape(data.draw(st.integers(1, 20)), D, data.draw(st.integers(1, 3000)), min(K, D), 32)
+    block = random_block(shape, "shared", "fp32")
+
+    def sizes(count: int) -> np.ndarray:
+        exponent = data.draw(st.sampled_from([0, 1, 6, 17]))
+        return 10.0 ** rng.uniform(-exponent, min(exponent, 6), count)
+
+    values = block.values * sizes(block.groups)[:, None, None]
+    if data.draw(st.booleans()):  # a weight that dwarfs the others of its group
+        values[:, 0, :] *= 1000
+    if data.draw(st.booleans()):
+        values[rng.random(values.shape) < 0.7] = 0
+    if data.draw(st.booleans()):  # in each group copies of a label, a hair apart
+        values = values[:, :, :1] * (1 + 1e-6 * rng.standard_normal(values.shape))
+    bias = block.bias * data.draw(st.sampled_from([0.0, 1.0, 1e4]))
+    x = random_input(shape) * sizes(shape.B)[:, None]
+    if data.draw(st.booleans()):
+        x[:, rng.integers(D)] *= 300
+    if data.draw(st.booleans()):
+        x[rng.random(x.shape) < 0.5] = 0
+    block = copy(block, values=values.astype(np.float32), bias=bias.astype(np.float32))
+    assert_same(x.astype(np.float32), head_of(block), data.draw(st.sampled_from([1, 5, 40])))
+
+
+@each_screening_level
+@pytest.mark.parametrize("B", [1, 30])
+def test_weights_of_labels_that_cannot_win_are_not_read(B: int, level: str) -> None:
+    """Seen by what happens when they change after the first look was made: nothing."""
+    cpu.set_threads(1)
+    shape = Shape(B, 384, 50_000, 32, 32)
+    block = random_block(shape, "shared", "fp32")
+    block.bias[:100] = 30  # the best labels come first
+    head, x = head_of(block), random_input(shape)
+    screens, expected = kernels.screen(head), kernels.topk(x, head, 10)
+    block.values[100:] = 1e6
+    np.testing.assert_array_equal(kernels.topk(x, head, 10, screens=screens), expected)
+    assert (kernels.topk(x, head, 10)[0] != expected[0]).any()
+
+
+@each_screening_level
+def test_rows_too_large_for_it_are_scored_without(level: str) -> None:
+    shape = Shape(3, 64, 5_000, 32, 32)
+    x = random_input(shape)
+    x[1] *= 1e25
+    assert_same(x, head_of(random_block(shape, "shared", "fp32")), 10)
+
+
+def with_value(block: Block, value: float) -> Block:
+    values = block.values.copy()
+    values[-1, 0, 0] = encode(np.float32([value]), block.dtype)[0]
+    return copy(block, values=values)
+
+
+@each_level
+def test_what_has_none(level: str) -> None:
+    def screens(connectivity: str, K: int = 32, G: int = 32) -> list[kernels.Screen | None]:
+        return kernels.screen(head_of(random_block(Shape(1, 300, 500, K, G), connectivity, "bf16")))
+
+    assert screens("private") == screens("dense") == screens("shared", K=129) == [None]
+    if level not in SCREENING:
+        assert screens("shared") == [None]
+        return
+    (screen,) = screens("shared")
+    assert screen is not None
+    assert screen.nbytes == 16 * (34 * 32 + 16)
+    huge = with_value(random_block(Shape(1, 300, 500, 32, 32), "shared", "bf16"), 1e20)
+    assert kernels.screen(head_of(huge)) == [None]
+
+
+@each_screening_level
+def test_blocks_with_and_without_one_make_one_answer(level: str) -> None:
+    shape = Shape(9, 200, 3_000, 32, 32)
+    blocks = [random_block(shape, c, "bf16", first=i * shape.L) for i, c in enumerate(("dense", "shared", "private", "shared"))]
+    head, x = head_of(*blocks), random_input(shape)
+    screens = kernels.screen(head)
+    assert [screen is None for screen in screens] == [True, False, True, False]
+    np.testing.assert_array_equal(kernels.topk(x, head, 50, screens=screens), kernels.topk(x, head, 50))
+    with pytest.raises(ValueError, match="screens"):
+        kernels.topk(x, head, 50, screens=screens[:2])
