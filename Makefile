@@ -5,6 +5,8 @@ VENV ?= .venv
 PORT ?= 8000
 # make demo SERVE=0 ends after the answers
 SERVE ?= 1
+# processes that share out the test files
+WORKERS ?= 2
 
 bin := $(VENV)/bin
 stamp := $(VENV)/.set-up
@@ -26,7 +28,7 @@ demo: $(stamp)
 	$(bin)/python -m examples.demo --port $(PORT) $(if $(filter 0,$(SERVE)),--no-serve)
 
 test: lint chromium
-	$(bin)/python -m pytest
+	$(bin)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(stamp)
 	$(bin)/ruff check

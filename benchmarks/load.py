@@ -113,7 +113,7 @@ class Load:
         while time.perf_counter() < self._end:
             await asyncio.sleep(max(0.0, min(0.1, self._end - time.perf_counter())))
             if plan.clients and not self._open:
-                break  # the server has gone
+                self._stop()  # the server has gone
         stop = time.perf_counter() + plan.patience_s
         while (self._tasks or any(connection.waiting for connection in self._open)) and time.perf_counter() < stop:
             await asyncio.sleep(0.01)

@@ -1,10 +1,11 @@
-"""What Linux and the C library report of this process: memory, also of its cgroup, and what holds its threads up."""
+"""What Linux and the C library report of this process and do for it: memory, also of its cgroup, and its threads' turns."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +13,13 @@ _CGROUP = Path("/sys/fs/cgroup")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGE_BLOCK = 1 << 20
 _UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number near 2⁶³
+_STEP_BACK = 5  # of 20 steps of niceness
+
+
+def give_way() -> None:
+    """Lowers the priority of this thread, and of threads and processes that it starts, beside the process's others (Linux)."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, 0, min(19, os.getpriority(os.PRIO_PROCESS, 0) + _STEP_BACK))  # 0: this thread
 
 
 def memory_bytes() -> dict[str, int]:

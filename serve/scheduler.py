@@ -30,7 +30,7 @@ import threading
 import time
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any, Literal, NamedTuple
 
 Stage = Literal["queue", "encoder", "head"]
@@ -66,13 +66,13 @@ class Closed(Exception):
 class Item:
     """One text of a job: an opaque payload, its length in tokens and, once done, its result."""
 
-    __slots__ = ("bucket", "job", "length", "lost", "order", "payload", "rank", "result", "waits")
+    __slots__ = ("bucket", "crowded", "job", "length", "lost", "order", "payload", "rank", "result", "waits")
 
     def __init__(self, job: Job, payload: Any, length: int) -> None:
         self.job, self.payload, self.length = job, payload, length
         self.bucket = self.order = 0
         self.rank = 0.0
-        self.waits = self.lost = False
+        self.waits = self.lost = self.crowded = False
         self.result: Any = None
 
 
@@ -144,7 +144,8 @@ class Scheduler:
 
     max_queue_tokens  tokens that may wait, times the priority's share; an empty queue takes a job of any size
     max_batch_inputs  items per batch
-    max_late_s        how far the item that leads may be behind its turn before jobs are refused
+    max_late_s        how far the leading item may be behind its turn, and how long a job should have to wait, before jobs are
+                      refused
     padded            length → length it is padded to, which names its bucket
     deliver           called with jobs that finished or failed, from the thread that ended them
     engines           how many take batches
@@ -171,6 +172,7 @@ class Scheduler:
         self._closed = self._hurried = False
         self._arrivals = 0
         self._token_s = self._batch_s = 0.0  # that an engine took per token and per batch, lately
+        self._crowded_token_s = 0.0  # of batches that left others waiting: small ones cost more per token
         self.queue_inputs = 0
         self.queue_tokens = 0
 
@@ -236,7 +238,10 @@ class Scheduler:
                 job.head_s += head_s
             batch_s = encoder_s + head_s
             self._batch_s += 0.1 * (batch_s - self._batch_s)
-            self._token_s += 0.1 * (batch_s / sum(item.length for item in items) - self._token_s)
+            token_s = batch_s / sum(item.length for item in items)
+            self._token_s += 0.1 * (token_s - self._token_s)
+            if items[0].crowded:
+                self._crowded_token_s += (0.1 if self._crowded_token_s else 1) * (token_s - self._crowded_token_s)
 
     def complete(self, items: Sequence[Item], results: Iterable[Any]) -> None:
         """Stores the results of items; jobs whose last item this was are handed back."""
@@ -307,11 +312,18 @@ class Scheduler:
         if not self.queue_tokens:
             return
         full = self.queue_tokens + tokens > self._max_queue_tokens * _LEVELS[priority].queue_share
-        first, now = self._first(), self._clock()
-        passes = first.rank > now + _LEVELS[priority].handicap_s
-        late_s = now + _LEVELS[first.job.priority].handicap_s - first.rank
-        if full or (late_s > self._max_late_s and not passes):
+        first, rank = self._first(), self._clock() + _LEVELS[priority].handicap_s
+        late_s = self._clock() + _LEVELS[first.job.priority].handicap_s - first.rank if first.rank <= rank else 0
+        if full or max(late_s, self._wait_s(rank)) > self._max_late_s:
             raise QueueFull(self.queue_tokens * self._token_s / self._engines)
+
+    def _wait_s(self, rank: float) -> float:
+        """How long an item of this rank should have to wait."""
+        token_s = self._crowded_token_s / self._engines
+        if self.queue_tokens * token_s <= self._max_late_s:
+            return 0.0
+        ahead = (takewhile(lambda item: item.rank <= rank, line) for line in self._buckets.values())
+        return token_s * sum(item.length for items in ahead for item in items)
 
     def _drop_late(self) -> list[Job]:
         late = []
@@ -335,7 +347,7 @@ class Scheduler:
         for item in batch[1:]:
             self._leave(item)
         for item in batch:
-            item.job.stage = "encoder"
+            item.job.stage, item.crowded = "encoder", bool(self._by_deadline)
         return batch
 
     def _first(self) -> Item:

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
@@ -19,7 +20,7 @@ import uvicorn
 from export.bundle import BundleError
 from models.device import DeviceError
 from serve import logs, telemetry
-from serve.host import fix_heap_thresholds
+from serve.host import fix_heap_thresholds, give_way
 from serve.http.admin import create_admin_app
 from serve.http.app import create_app
 from serve.http.gateway import Gateway
@@ -149,6 +150,8 @@ async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket, adm
         _address(listener),
         admin_address,
     )
+    # Engines are opened there. While they compute, the event loop gets a core at once, so that a refusal takes no time.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(initializer=give_way, thread_name_prefix="background"))
     watchdog = Watchdog(service, asyncio.get_running_loop(), end=_give_up)
     watchdog.start()
     async with contextlib.AsyncExitStack() as stack:

@@ -153,3 +153,14 @@ def test_limits_from_the_command_line_hold(bundle_path: Path) -> None:
         assert client.post("/predict", json={"inputs": "a", "top_k": 6}).status_code == 422
         assert client.post("/predict", json={"inputs": "a" * 200}).status_code == 413
     assert process.end() == (0, "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no priorities of their own")
+def test_what_computes_gives_way_to_the_event_loop(bundle_path: Path) -> None:
+    process = Process(bundle_path)
+    loop = process.popen.pid
+    nice = {int(tid): os.getpriority(os.PRIO_PROCESS, int(tid)) for tid in os.listdir(f"/proc/{loop}/task")}
+    base = nice.pop(loop)
+    assert base == os.getpriority(os.PRIO_PROCESS, 0)
+    assert list(nice.values()).count(min(19, base + 5)) >= 2  # the one that opened the engine, and the engine's
+    assert process.end() == (0, "")

@@ -295,6 +295,30 @@ def test_a_burst_is_taken_and_a_lasting_overload_is_not() -> None:
     queue.submit(5)
 
 
+def test_a_job_that_would_have_to_wait_too_long_is_refused_at_once() -> None:
+    queue = Queue(inputs=2, late_s=0.4)
+    for _ in range(6):
+        queue.submit(5)
+    while queue.scheduler.queue_inputs:
+        batch = queue.take()
+        queue.scheduler.spent(batch, 0.05, 0.05)  # 10 ms a token
+        queue.finish(batch)
+    for _ in range(9):  # the ninth waits for 40 tokens
+        queue.submit(5)
+    with pytest.raises(QueueFull):
+        queue.submit(5)
+    queue.submit(5, priority="high")
+    queue.finish(queue.take())
+    queue.submit(5)
+
+
+def test_small_batches_say_nothing_of_how_fast_a_queue_is_worked_off() -> None:
+    queue = Queue(late_s=0.4)
+    queue.learn_speed(0.3)
+    for _ in range(20):
+        queue.submit(5)
+
+
 def test_the_texts_of_a_large_request_are_not_late_before_their_turn() -> None:
     queue = Queue(inputs=1, late_s=0.4)
     queue.learn_speed(0.1)

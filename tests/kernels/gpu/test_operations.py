@@ -179,8 +179,11 @@ def results_of(loss: float, grad_x: np.ndarray, block: Block, moments) -> dict[s
 
 
 @each_connectivity
-@pytest.mark.parametrize("kind", ["sgd", "momentum", "adam"])
-@pytest.mark.parametrize("loss", ["bce", "squared_hinge"])
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [("sgd", "squared_hinge"), ("momentum", "bce"), ("adam", "bce")]
+    + ([] if INTERPRETED else [("sgd", "bce"), ("momentum", "squared_hinge"), ("adam", "squared_hinge")]),
+)
 @pytest.mark.parametrize("shape", SMALL[1:4] if INTERPRETED else SHAPES, ids=str)
 def test_a_step_in_fp32(shape: Shape, loss: str, kind: str, connectivity: str) -> None:
     """Weighted, smoothed, and one label everybody's positive."""
@@ -234,7 +237,7 @@ def test_a_step_on_tensor_cores(types: tuple[str, str], connectivity: str) -> No
 
 @each_connectivity
 @pytest.mark.parametrize("kind", ["sgd", "momentum", "adam"])
-@pytest.mark.parametrize("key", [KEY, (1 << 64) - 2])
+@pytest.mark.parametrize("key", [(1 << 64) - 2] if INTERPRETED else [KEY, (1 << 64) - 2])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_exact_arithmetic_gives_the_reference_bits(dtype: str, key: int, kind: str, connectivity: str) -> None:
     """Stochastic rounding draws the same bits as the CPU's, to the last group."""
