@@ -13,15 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
-from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
 
 from serve.answers import probabilities
 from serve.backend import Answer
 from serve.engine import Engine
 from serve.http import schema
 from serve.http.answering import REFUSALS, answer, reply
-from serve.http.body import check_type, parse_json
+from serve.http.body import check_type, parse_json, validated
 from serve.http.infer_schema import (
     InferRequest,
     InferResponse,
@@ -189,10 +187,7 @@ def _parse(body: bytes, header_length: str | None) -> tuple[InferRequest, bytes]
         if not header_length.isascii() or not header_length.isdigit() or len(header_length) > 9 or int(header_length) > length:
             raise Problem(400, "bad-request", f"{_HEADER_LENGTH} is {header_length!r}, the body has {length} bytes")
         length = int(header_length)
-    try:
-        return InferRequest.model_validate(parse_json(body[:length])), body[length:]
-    except ValidationError as error:
-        raise RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()]) from None
+    return validated(InferRequest, parse_json(body[:length])), body[length:]
 
 
 def _texts(tensor: InputTensor, binary: bytes) -> list[str]:
