@@ -61,7 +61,7 @@ def validated(model: type[_M], value: Any) -> _M:
 class JsonRoute(APIRoute):
     """Routes whose bodies are JSON and say so; the type is looked at before anything is read.
 
-    The endpoint is called with the body and the request, without FastAPI's way there, which is made for dependencies and takes time.
+    The endpoint is called with the body and the request. FastAPI's own way there is made for dependencies and takes time.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
