@@ -181,8 +181,8 @@ class Settings:
     )
     max_queue_ms: int = _setting(
         "limits",
-        400,
-        "milliseconds that the queue may be behind before requests are answered 429, however few tokens wait",
+        500,
+        "milliseconds that requests may have to wait for their turn before they are answered 429, however few wait",
         _at_least(1),
         "MS",
     )
