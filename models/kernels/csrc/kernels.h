@@ -48,9 +48,10 @@ struct Batch {
 
 // The rows of a batch in 8 bits, for a block with a screen.
 struct Rows8 {
-  const uint8_t* x;      // [D, ldx], u + 128
-  const float* squares;  // [D, ldx], (u + d)²
-  const float* inverse;  // [ldx], 1 / unit
+  const uint8_t* x;       // [D, ldx], u + 128
+  const uint32_t* twice;  // [D], a single row's, in bytes 0 and 2
+  const float* squares;   // [D, ldx], (u + d)²
+  const float* inverse;   // [ldx], 1 / unit
 };
 
 // The k best of each row so far: one min-heap per row. threshold[b] is what a score must exceed; +inf in padding rows.

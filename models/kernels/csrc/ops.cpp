@@ -95,13 +95,16 @@ class Bytes {
         const float u = batch.x[(int64_t)b * width + d] * inverse_[b];
         x_[(size_t)d * ldx + b] = (uint8_t)(128 + std::lrint(u)), squares_[(size_t)d * ldx + b] = u * u;
       }
+    if (ldx == 1)
+      for (const uint8_t u : x_) twice_.push_back(u | (uint32_t)u << 16);
     inverse_.resize(ldx, 1.0f);
-    rows_ = {x_.data(), squares_.data(), inverse_.data()};
+    rows_ = {x_.data(), twice_.data(), squares_.data(), inverse_.data()};
   }
   const Rows8* of(const Block& block) const { return rows_.x && block.screen.values ? &rows_ : nullptr; }
 
  private:
   std::vector<uint8_t> x_;
+  std::vector<uint32_t> twice_;
   std::vector<float> squares_, inverse_;
   Rows8 rows_{};
 };

@@ -125,10 +125,15 @@ void prepare_row(const Block& block, const Rows8& x, int64_t n, float threshold,
   const uint16_t* index = block.indices + n * K;
   const ScreenScale& scale = block.screen.scale[n];
   float norm[4] = {};
-  for (int k = 0; k < K; ++k) norm[k % 4] += x.squares[index[k]];
-  for (int k = 0; k < K; k += 2) {
-    const uint32_t pair = x.x[index[k]] | (uint32_t)x.x[index[k + 1 < K ? k + 1 : k]] << 8;
-    words[k / 2] = pair | pair << 16;
+  int k = 0;
+  for (; k + 4 <= K; k += 4) {
+    const uint16_t i0 = index[k], i1 = index[k + 1], i2 = index[k + 2], i3 = index[k + 3];
+    words[k / 2] = x.twice[i0] | x.twice[i1] << 8, words[k / 2 + 1] = x.twice[i2] | x.twice[i3] << 8;
+    norm[0] += x.squares[i0], norm[1] += x.squares[i1], norm[2] += x.squares[i2], norm[3] += x.squares[i3];
+  }
+  for (; k < K; ++k) {
+    words[k / 2] = k % 2 ? words[k / 2] | x.twice[index[k]] << 8 : x.twice[index[k]];
+    norm[k % 4] += x.squares[index[k]];
   }
   const float root = __builtin_sqrtf(scale.rest * ((norm[0] + norm[1]) + (norm[2] + norm[3])));
   *limit = (int16_t)needed(scale, threshold, x.inverse[0], root);
