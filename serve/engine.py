@@ -120,6 +120,10 @@ class Engine(ABC):
     def close(self) -> None:  # noqa: B027
         """Ends what the engine runs in, if that is its own, and frees what it computes with. Its bundle stays open."""
 
+    def added_bytes(self) -> dict[str, int]:
+        """Memory, by name, of what the engine has made of the bundle to compute with, as far as it knows."""
+        return {}
+
     def device_memory(self) -> dict[str, int]:
         """Bytes of the device's memory: "used" and "total" of all processes, "allocated", "reserved" and "peak" of this one's
         allocator. Empty on a CPU."""
@@ -145,6 +149,9 @@ class CpuEngine(Engine):
 
     def topk(self, x: np.ndarray, k: int, allowed: Sequence[Subset | None] | None = None) -> tuple[np.ndarray, np.ndarray]:
         return kernels.topk(x, self.bundle.head, k, allowed, self._screens)
+
+    def added_bytes(self) -> dict[str, int]:
+        return {"screen": sum(screen.nbytes for screen in self._screens if screen)}
 
     def warm_up(self, max_inputs: int, max_tokens: int) -> float:
         for length in sorted({self.padded(min(length, self.max_length)) for length in (16, 64, self.max_length)}):

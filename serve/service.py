@@ -225,6 +225,8 @@ class Service:
         for component, size in manifest.component_nbytes.items():
             device = engine.device if component in ("encoder", "head") else "cpu"
             metrics.model_bytes.labels(component, device).set(size)
+        for component, size in engine.added_bytes().items():
+            metrics.model_bytes.labels(component, engine.device).set(size)
 
     def _device_memory(self) -> dict[str, dict[str, int]]:
         engines = [engine for backend in self.backends for engine in backend.engines]

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from export.bundle import BundleError, open_bundle
+from models import kernels
 from models.kernels import cpu, reference
 from serve.engine import CpuEngine, Engine
 from tests.serve.harness import MAX_LENGTH, TEXTS
@@ -34,6 +35,12 @@ def test_top_k_is_that_of_the_reference(engine: Engine) -> None:
     expected_scores, expected_labels = reference.topk(x, engine.bundle.head, 10)
     np.testing.assert_array_equal(labels, expected_labels)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-4, atol=1e-5)
+
+
+def test_it_looks_in_8_bits_first_where_the_processor_can(engine: Engine) -> None:
+    blocks = [screen for screen in kernels.screen(engine.bundle.head) if screen]
+    assert bool(blocks) == (cpu.level() in ("avx2", "avx512"))
+    assert engine.added_bytes() == {"screen": sum(screen.nbytes for screen in blocks)}
 
 
 def test_every_length_is_padded_a_little_and_to_few_shapes(engine: Engine) -> None:
