@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -141,61 +141,55 @@ class Backend:
         labels: LabelFilter | None,
         priority: Priority,
     ) -> Answer:
+        with self._under_way():
+            deadline = time.monotonic() + timeout_s
+            self.scheduler.check_room(priority)
+            allowed = await self._find(labels)
+            began = time.perf_counter()
+            tokens = await self._tokenize(texts)
+            tokenize_s = time.perf_counter() - began
+            if not truncate and (too_long := [i for i, text in enumerate(tokens) if text.truncated]):
+                raise TooLong(too_long, self.engine.max_length)
+            future = self._loop.create_future()
+            inputs = ((text.ids, len(text.ids)) for text in tokens)
+            job = Job(inputs, k=k, allowed=allowed, priority=priority, deadline=deadline, owner=future)
+            try:
+                self.scheduler.submit(job)
+            except DeadlineExceeded:
+                self._metrics.cancelled.labels("tokenize").inc()
+                raise
+            self._observe(tokens, tokenize_s)
+            timer = self._loop.call_later(deadline - time.monotonic(), _end, future, DeadlineExceeded())
+            watch = self._loop.create_task(client_left())
+            watch.add_done_callback(lambda _: _end(future, ClientLeft()))
+            self._waiting.add(future)
+            try:
+                await future
+            except (DeadlineExceeded, ClientLeft):
+                self._metrics.cancelled.labels(job.stage).inc()
+                raise
+            finally:
+                timer.cancel()
+                watch.cancel()
+                self._waiting.discard(future)
+                self.scheduler.cancel(job)  # if it is not over
+            # Several engines at a time may have been at it.
+            queue_s = max(0.0, job.finished_at - job.admitted_at - job.encoder_s - job.head_s)
+            self._metrics.stage["queue"].observe(queue_s)
+            best = [item.result for item in job.items]
+            return Answer(self.engine, tokens, best, tokenize_s, queue_s, job.encoder_s, job.head_s)
+
+    @contextmanager
+    def _under_way(self) -> Iterator[None]:
+        """Counts a request for `finished`."""
         self._active += 1
         self._idle.clear()
         try:
-            return await self._predict(texts, k, truncate, timeout_s, client_left, labels, priority)
+            yield
         finally:
             self._active -= 1
             if not self._active:
                 self._idle.set()
-
-    async def _predict(
-        self,
-        texts: Sequence[str],
-        k: int,
-        truncate: bool,
-        timeout_s: float,
-        client_left: ClientLeaves,
-        labels: LabelFilter | None,
-        priority: Priority,
-    ) -> Answer:
-        deadline = time.monotonic() + timeout_s
-        self.scheduler.check_room(priority)
-        allowed = await self._find(labels)
-        began = time.perf_counter()
-        tokens = await self._tokenize(texts)
-        tokenize_s = time.perf_counter() - began
-        if not truncate and (too_long := [i for i, text in enumerate(tokens) if text.truncated]):
-            raise TooLong(too_long, self.engine.max_length)
-        future = self._loop.create_future()
-        inputs = ((text.ids, len(text.ids)) for text in tokens)
-        job = Job(inputs, k=k, allowed=allowed, priority=priority, deadline=deadline, owner=future)
-        try:
-            self.scheduler.submit(job)
-        except DeadlineExceeded:
-            self._metrics.cancelled.labels("tokenize").inc()
-            raise
-        self._observe(tokens, tokenize_s)
-        timer = self._loop.call_later(deadline - time.monotonic(), _end, future, DeadlineExceeded())
-        watch = self._loop.create_task(client_left())
-        watch.add_done_callback(lambda _: _end(future, ClientLeft()))
-        self._waiting.add(future)
-        try:
-            await future
-        except (DeadlineExceeded, ClientLeft):
-            self._metrics.cancelled.labels(job.stage).inc()
-            raise
-        finally:
-            timer.cancel()
-            watch.cancel()
-            self._waiting.discard(future)
-            self.scheduler.cancel(job)  # if it is not over
-        # Several engines at a time may have been at it.
-        queue_s = max(0.0, job.finished_at - job.admitted_at - job.encoder_s - job.head_s)
-        self._metrics.stage["queue"].observe(queue_s)
-        best = [item.result for item in job.items]
-        return Answer(self.engine, tokens, best, tokenize_s, queue_s, job.encoder_s, job.head_s)
 
     async def _find(self, labels: LabelFilter | None) -> Subset | None:
         if labels is None:
