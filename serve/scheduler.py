@@ -312,8 +312,9 @@ class Scheduler:
         if not self.queue_tokens:
             return
         full = self.queue_tokens + tokens > self._max_queue_tokens * _LEVELS[priority].queue_share
-        first, rank = self._first(), self._clock() + _LEVELS[priority].handicap_s
-        late_s = self._clock() + _LEVELS[first.job.priority].handicap_s - first.rank if first.rank <= rank else 0
+        first, now = self._first(), self._clock()
+        rank = now + _LEVELS[priority].handicap_s
+        late_s = now + _LEVELS[first.job.priority].handicap_s - first.rank if first.rank <= rank else 0
         if full or max(late_s, self._wait_s(rank)) > self._max_late_s:
             raise QueueFull(self.queue_tokens * self._token_s / self._engines)
 

@@ -11,9 +11,8 @@ from models import kernels
 from models.dtypes import encode
 from models.head import Block, Head
 from models.kernels import cpu
-from tests.kernels.cases import DTYPES, Shape, copy, each_level, head_of, random_block, random_input
+from tests.kernels.cases import DTYPES, SCREENING, Shape, copy, each_level, head_of, random_block, random_input
 
-SCREENING = [level for level in cpu.LEVELS if level in ("avx2", "avx512")]
 each_screening_level = pytest.mark.parametrize("level", SCREENING, indirect=True)
 examples = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=80)
 

@@ -14,6 +14,7 @@ from export.bundle import BundleError, open_bundle
 from models import kernels
 from models.kernels import cpu, reference
 from serve.engine import CpuEngine, Engine
+from tests.kernels.cases import SCREENING
 from tests.serve.harness import MAX_LENGTH, TEXTS
 
 
@@ -39,7 +40,7 @@ def test_top_k_is_that_of_the_reference(engine: Engine) -> None:
 
 def test_it_looks_in_8_bits_first_where_the_processor_can(engine: Engine) -> None:
     blocks = [screen for screen in kernels.screen(engine.bundle.head) if screen]
-    assert bool(blocks) == (cpu.level() in ("avx2", "avx512"))
+    assert bool(blocks) == (cpu.level() in SCREENING)
     assert engine.added_bytes() == {"screen": sum(screen.nbytes for screen in blocks)}
 
 

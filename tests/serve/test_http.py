@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from models import kernels
 from models.kernels import cpu
 from serve.engine import Engine
+from tests.kernels.cases import SCREENING
 from tests.serve.harness import LABELS, MAX_LENGTH, TEXTS, Process, problem_of
 
 
@@ -345,7 +346,7 @@ def test_metrics_parse_and_count_what_happened(server: Process) -> None:
     assert after[("fanin_queue_tokens",)] == 0
     assert (after[("fanin_ready",)], after[("fanin_draining",)]) == (1, 0)
     assert after[("fanin_model_load_duration_seconds",)] > 0
-    for component in ("encoder", "head", "labels", *(["screen"] if cpu.level() in ("avx2", "avx512") else [])):
+    for component in ("encoder", "head", "labels", *(["screen"] if cpu.level() in SCREENING else [])):
         assert after[("fanin_model_bytes", f"component={component}", "device=cpu")] > 1000
     assert 50e6 < after[("fanin_host_memory_bytes", "kind=pss")] <= after[("fanin_host_memory_bytes", "kind=rss")] < 4e9
     assert not any("3f7a" in part for key in after for part in key)
