@@ -47,7 +47,7 @@ def test_onnx_runtime_leaves_nothing_in_the_home_folder(bundle_path: Path, tmp_p
     files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
     for words in (["serve.predict", str(bundle_path), *files], ["export.parity"]):
         command = [sys.executable, "-m", *words]
-        subprocess.run(command, cwd=ROOT, env=environment | {"HOME": str(home)}, check=True, timeout=60, capture_output=True)
+        subprocess.run(command, cwd=ROOT, env=environment | {"HOME": str(home)}, check=True, timeout=300, capture_output=True)
     assert list(home.rglob("*onnxruntime*")) == []
 
 
