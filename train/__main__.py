@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -15,6 +16,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code, which --help explains."""
     given, resume = flags.parse(argv)
     out = Path(given["out"])
+    # torch asks Linux for huge pages then: the tensors made anew in each step cost 512 times fewer page faults.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         # torch and transformers take seconds to import: --help and a bad flag do not wait for them.
         from torch import OutOfMemoryError
