@@ -32,7 +32,8 @@ def test_every_phase_of_a_server_of_its_own(
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     phases = ["alone", "clients", "open", "overload", "reload", "drain"]
     flags = ["--clients", "4", "--seconds", "1", "--overload-s", "1", "--reloads", "2", "--record"]
-    assert serve.main([str(bundle_path), "--only", *phases, *flags, "--serve-flags", "--threads 1 --max-queue-tokens 512 --max-queue-ms 20000"]) == 0
+    patient = "--threads 1 --max-queue-tokens 512 --max-queue-ms 20000"
+    assert serve.main([str(bundle_path), "--only", *phases, *flags, "--serve-flags", patient]) == 0
     rows = {row["phase"]: row for row in map(json.loads, (tmp_path / "serve.jsonl").read_text().splitlines())}
     assert list(rows) == phases
     for row in rows.values():
