@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import measure
 
-SPARSE = "--fan-in 64 --dense-labels 2%"
+SPARSE = "--tiers dense:15%,64:85%"
 HEADS = {
     "sparse": SPARSE,
     "dense": "--connectivity dense --head-dtype fp32 --intermediate 0",
@@ -36,10 +36,11 @@ ABLATIONS = {
     "intermediate 1024": f"{SPARSE} --intermediate 1024",
     "intermediate 4096": f"{SPARSE} --intermediate 4096",
     "private": f"{SPARSE} --connectivity private",
-    "no dense block": "--fan-in 64 --dense-labels 0",
-    "tiers": "--tiers dense:2%,128:18%,48:80%",
-    "fan-in 32": "--fan-in 32 --dense-labels 2%",
-    "fan-in 128": "--fan-in 128 --dense-labels 2%",
+    "dense 2%": "--tiers dense:2%,64:98%",
+    "dense 2%, fan-in 128": "--tiers dense:2%,128:98%",
+    "no dense block": "--tiers 64:100%",
+    "three tiers": "--tiers dense:2%,128:18%,64:80%",
+    "fan-in 32": "--tiers dense:15%,32:85%",
     "positives weighted": f"{SPARSE} --weight-positives",
     "squared hinge": f"{SPARSE} --loss squared_hinge",
 }
