@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
+from train.flags import parse
+from train.runs import Log
+from train.settings import SettingsError, resumed
 
 SPARSE = "--tiers dense:15%,64:85%"
 HEADS = {
@@ -63,26 +66,36 @@ def main() -> None:
             continue
         for seed in args.seeds:
             run = args.runs / f"{name.replace(' ', '-')}-{seed}"
-            train(run, ["--data", str(args.data), "--cache", str(args.runs / "cache"), "--seed", str(seed)], args.flags, flags)
-            rows.append({"data": args.data.name, "head": name, "seed": seed, **result(run)})
+            given = f"{args.flags} {flags}".strip()
+            try:
+                train(run, ["--data", str(args.data), "--cache", str(args.runs / "cache"), "--seed", str(seed)], given)
+            except SettingsError as error:
+                parser.error(f"{run}: {error}")
+            rows.append({"data": args.data.name, "head": name, "seed": seed, "flags": given, **result(run)})
             measure.show(rows[-1:])
     print(table(rows))
     if args.record:
         measure.record("accuracy", rows)
 
 
-def train(run: Path, common: list[str], *flags: str) -> None:
-    """Trains into `run`, goes on with what is there, or does nothing when it is finished."""
-    command = [sys.executable, "-m", "train", "--out", str(run), "--resume", *common]
-    for part in flags:
-        command += shlex.split(part)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+def train(run: Path, common: list[str], flags: str) -> None:
+    """Trains into `run`, goes on with what is there, or does nothing when it is finished. SettingsError for another run's."""
+    arguments = ["--out", str(run), "--resume", *common, *shlex.split(flags)]
+    if (run / "config.json").exists():
+        settings = resumed(json.loads((run / "config.json").read_text(encoding="utf-8"))["settings"], parse(arguments)[0])
+        if any(row["kind"] == "eval" and row["epoch"] == settings.epochs and row["split"] == "test" for row in logged(run)):
+            return
+    subprocess.run([sys.executable, "-m", "train", *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    return Log(run / "metrics.jsonl").rows()
 
 
 def result(run: Path) -> dict[str, Any]:
     """Metrics of the last evaluation of test, bytes of all that comes after the encoder, and minutes of the whole run."""
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = logged(run)
     last = next(row for row in reversed(rows) if row["kind"] == "eval" and row["split"] == "test")
     model, settings = config["model"], config["settings"]
     width = model["embedding_width"]

@@ -100,13 +100,16 @@ def compare(
     rows = []
     for name, taken in times.items():
         nbytes = head.nbytes if name == block.connectivity else weight.nbytes * (2 if name.endswith("fp32") else 1)
+        screen = sum(screen.nbytes for screen in screens if screen) if name == block.connectivity else 0
         row = {
             "kernel": name, "labels": args.labels, "width": args.width, "fan_in": block.fan_in, "group_size": block.group_size,
             "dtype": block.dtype if name == block.connectivity else name.split("-")[-1], "batch": len(x), "k": args.k,
             **measure.summary(taken), "ms_per_query": measure.summary(taken)["median_ms"] / len(x),
-            "times_slower_than_ours": measure.paired_ratio(taken, ours), "bytes": nbytes,
-            "read_gb_per_s": nbytes / min(taken) / 1e6, "machine_read_gb_per_s": bandwidth,
+            "times_slower_than_ours": measure.paired_ratio(taken, ours), "bytes": nbytes, "screen_bytes": screen,
+            "machine_read_gb_per_s": bandwidth,
         }  # fmt: skip
+        if not screen:  # or most weights are never read
+            row["read_gb_per_s"] = nbytes / min(taken) / 1e6
         rows.append(row)
     return rows
 

@@ -41,7 +41,6 @@ QUESTIONS = [
     "open a URL",
 ]
 ANSWERS = 3
-_START_TIMEOUT_S = 120
 
 
 def main() -> int:

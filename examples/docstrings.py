@@ -87,8 +87,9 @@ def _write_lines(path: Path, rows: Iterable[dict[str, object]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.docstrings", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    out = parser.parse_args().out
     corpus = collect()
-    corpus.write(parser.parse_args().out)
+    corpus.write(out)
     print(f"{len(corpus.labels):,} labels, {len(corpus.train):,} sentences to train on, {len(corpus.test):,} held out")
 
 

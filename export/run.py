@@ -59,11 +59,12 @@ class Run:
 
     def metrics(self, checkpoint: Path) -> dict[str, Any]:
         """Rows of the last evaluation up to `checkpoint`, by split; empty when there was none. NaN becomes null."""
-        logged = self._rows("metrics.jsonl", lambda row: (int(row["step"]), row.get("split"), row))
+        # Its last line may be one that a killed process was writing.
+        logged = self._rows("metrics.jsonl", lambda row: (int(row["step"]), row.get("split"), row), broken_end=True)
         evaluations = [(step, split, row) for step, split, row in logged if split is not None and step <= _step(checkpoint)]
         return {split: row for step, split, row in evaluations if step == evaluations[-1][0]}
 
-    def _rows(self, name: str, parse: Callable[[dict[str, Any]], _T]) -> Iterator[_T]:
+    def _rows(self, name: str, parse: Callable[[dict[str, Any]], _T], broken_end: bool = False) -> Iterator[_T]:
         path = self.folder / name
         if not path.is_file():
             raise RunError(f"{path}: missing")
@@ -72,6 +73,8 @@ class Run:
                 try:
                     row = parse(json.loads(line.decode(), parse_constant=lambda _: None))
                 except (ValueError, KeyError, TypeError) as error:
+                    if broken_end and not line.endswith(b"\n"):
+                        return
                     raise RunError(f"{path}:{number}: not a line that train writes: {error}") from error
                 yield row
 

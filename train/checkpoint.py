@@ -60,7 +60,7 @@ class State:
 def latest(checkpoints: Path) -> Path | None:
     """The checkpoint of the highest step, None when there is none. What a killed process left half-written is removed."""
     remove_leftovers(checkpoints)
-    return max(checkpoints.glob("step-*"), key=_step, default=None)
+    return max(_found(checkpoints), key=_step, default=None)
 
 
 def save(state: State, checkpoints: Path, keep: int) -> Path:
@@ -72,7 +72,7 @@ def save(state: State, checkpoints: Path, keep: int) -> Path:
             save_head(state.training.head, folder / "head.safetensors")
             save_file(_tensors(state), folder / "trainer.safetensors")
             _write_progress(state.progress, folder)
-    for old in sorted(checkpoints.glob("step-*"), key=_step)[:-keep]:
+    for old in sorted(_found(checkpoints), key=_step)[:-keep]:
         remove_folder(old)
     return target
 
@@ -112,6 +112,11 @@ def restore(state: State, checkpoint: Path) -> None:
     torch.set_rng_state(stored[_RNG])
     if device.type == "cuda" and device_state is not None:
         set_random_state(device, device_state)
+
+
+def _found(checkpoints: Path) -> list[Path]:
+    """The checkpoints, and not what somebody put beside them, such as a copy under another name."""
+    return [path for path in checkpoints.glob("step-*") if path.name.removeprefix("step-").isdigit()]
 
 
 def _step(checkpoint: Path) -> int:

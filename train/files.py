@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
     When another process made `target` meanwhile, its folder stays and this one is dropped.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = _hidden(target)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -35,7 +36,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a whole file in place of an older one, atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _hidden(path)
     temporary.write_text(text, encoding="utf-8")
     _flush(temporary)
     temporary.rename(path)
@@ -44,7 +45,7 @@ def write_text(path: Path, text: str) -> None:
 
 def remove_folder(path: Path) -> None:
     """Deletes a folder so that no half of it is ever found under its name."""
-    doomed = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    doomed = _hidden(path)
     path.rename(doomed)
     shutil.rmtree(doomed)
 
@@ -53,6 +54,11 @@ def remove_leftovers(folder: Path) -> None:
     """Deletes what a killed process left half-written in `folder`."""
     for path in folder.glob(".*.tmp"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _hidden(path: Path) -> Path:
+    """A new name beside `path`. Not made from the process's number, which is 1 in every container."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def _flush(path: Path) -> None:

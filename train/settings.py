@@ -48,12 +48,25 @@ def _amount(text: str) -> float:
     return value
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
 def _share(text: str) -> float:
     """A share of a whole: 0.02 or 2%."""
     value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share from 0 to 1, or from 0% to 100%")
     return value
+
+
+# argparse puts them into its message when int() or float() fails.
+_count.__name__ = _whole.__name__ = "whole number"
+_amount.__name__ = _positive.__name__ = "number"
+_share.__name__ = "share"
 
 
 def _setting(
@@ -219,7 +232,7 @@ class Settings:
     eval_every: int = _scores(1, "epochs from one evaluation to the next; the last epoch always has one", _count, unit="EPOCHS")
     limit_eval: int = _scores(0, "evaluate on so many texts, evenly spaced, 0 for all", _whole, unit="TEXTS")
     propensity_a: float = _scores(0.55, "A in the propensities of PSP@k (Jain et al. 2016)", _amount, unit="A")
-    propensity_b: float = _scores(1.5, "B in the propensities", _amount, unit="B")
+    propensity_b: float = _scores(1.5, "B in the propensities", _positive, unit="B")
 
     device: Literal["cpu", "cuda", "auto"] = _process(
         "cpu",
@@ -263,6 +276,8 @@ def new(given: dict[str, Any]) -> Settings:
     if "tiers" in given:
         preset = {name: value for name, value in preset.items() if name not in ("fan_in", "dense_labels")}
     pretrained = (preset | given).get("encoder", Settings.encoder) != "small"
+    if pretrained != (preset.get("encoder", Settings.encoder) != "small"):  # its steps suit the other kind
+        preset = {name: value for name, value in preset.items() if name not in PRETRAINED}
     settings = Settings(**((PRETRAINED if pretrained else {}) | preset | given))
     _check(settings)
     return settings

@@ -17,6 +17,7 @@ from train.checkpoint import Progress
 from train.runs import Log
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
 
 
 @dataclass
@@ -89,6 +90,9 @@ class Stages:
 
 def peak_memory_mb() -> float:
     """The most memory that this process has held since its stage began or went on, in MB (10⁶ bytes)."""
+    with suppress(OSError, StopIteration):  # getrusage's figure cannot be reset, and begins at that of the parent process
+        status = _STATUS.read_text().splitlines()
+        return round(int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024 / 1e6, 1)
     unit = 1 if sys.platform == "darwin" else 1024
     return round(getrusage(RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 

@@ -78,6 +78,14 @@ def test_the_latest_or_the_chosen_checkpoint(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_row_that_a_killed_process_was_writing_is_passed_over(run: Path, tmp_path: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "ev')
+    assert main([str(run), "--out", str(tmp_path / "b")]) == 0
+    assert open_bundle(tmp_path / "b").manifest.metrics["dev"]["step"] == 20
+
+
+@pytest.mark.usefixtures("quick")
 def test_numbers_that_are_not_finite_become_null(run: Path, tmp_path: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "eval", "split": "test", "step": 20, "PSP@1": NaN}\n')
@@ -204,7 +212,7 @@ def append(name: str, line: str) -> Callable[[Path], object]:
         (append("labels.jsonl", '{"id": "\udcff"}'), "labels.jsonl:301: not a line that train writes: 'utf-8' codec"),
         (append("labels.jsonl", '{"id": "x", "name": "half \\ud83c"}\n'), "label 300: 'half \\ud83c' is not Unicode text"),
         (append("labels.jsonl", '{"id": "x", "name": "y"}\n'), "301 labels are named, the head has 300"),
-        (append("metrics.jsonl", '{"kind": "ev'), "metrics.jsonl:5: not a line that train writes"),
+        (append("metrics.jsonl", '{"kind": "ev\n'), "metrics.jsonl:5: not a line that train writes"),
         (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl: missing"),
     ],
 )  # fmt: skip

@@ -68,6 +68,18 @@ def test_resuming_a_finished_run_changes_nothing(task, tmp_path):
     assert_same_training(tmp_path / "run", tmp_path / "again")
 
 
+def test_a_checkpoint_put_aside_is_left_alone(task, tmp_path):
+    assert run(task, tmp_path / "whole", *QUICK, *EPOCHS) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    checkpoints = tmp_path / "part" / "checkpoints"
+    last = checkpoints / f"step-{3 * STEPS_PER_EPOCH:08d}"
+    aside = last.rename(checkpoints / f"{last.name}-best")
+    assert run(None, tmp_path / "part", "--resume") == 0
+    assert aside.is_dir()
+    shutil.rmtree(aside)
+    assert_same_training(tmp_path / "whole", tmp_path / "part")
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("at", [3, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1])
 def test_a_signal_saves_and_stops_after_the_step(task, tmp_path, capsys, monkeypatch, signum, at):

@@ -37,6 +37,11 @@ def test_defaults_depend_on_the_encoder_and_flags_win(tmp_path):
     assert pretrained.encoder_lr < Settings.encoder_lr
     assert pretrained.dropout > Settings.dropout
     assert settings.new(given | {"encoder": "some/model", "dropout": 0.0}).dropout == 0
+    beside_preset = settings.new(given | {"encoder": "some/model", "preset": "cpu"})
+    assert beside_preset.encoder_lr == pretrained.encoder_lr
+    assert beside_preset.fan_in == PRESETS["cpu"]["fan_in"]
+    small = settings.new(given | {"encoder": "small", "preset": "amazon-3m"})
+    assert (small.encoder_lr, small.dropout) == (Settings.encoder_lr, Settings.dropout)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -58,6 +63,9 @@ def test_presets_are_whole_settings_that_flags_override(tmp_path, name):
         (["--epochs", "0"], "0 is not at least 1"),
         (["--intermediate", "-1"], "-1 is negative"),
         (["--head-lr", "nan"], "nan is not a number from 0 up"),
+        (["--propensity-b", "0"], "0 is not a number above 0"),
+        (["--epochs", "ten"], "invalid whole number value: 'ten'"),
+        (["--dropout", "1,5"], "invalid share value: '1,5'"),
         (["--fan-in", "many"], "--fan-in"),
         (["--loss", "hinge"], "--loss"),
         (["--pooling", "max"], "--pooling"),

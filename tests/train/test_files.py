@@ -1,0 +1,14 @@
+from train.files import atomic_folder, remove_leftovers
+
+
+def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):
+    """In containers the next process has the same number."""
+    target = tmp_path / "folder"
+    context = atomic_folder(target)
+    killed = context.__enter__()  # and never left
+    with atomic_folder(target) as folder:
+        (folder / "file").write_text("whole")
+    assert (target / "file").read_text() == "whole"
+    assert killed.is_dir()
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [target]
