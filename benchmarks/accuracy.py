@@ -11,7 +11,6 @@ benchmarks/results/accuracy.jsonl.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ from typing import Any
 
 from benchmarks import measure
 from train.flags import parse
-from train.runs import Log
+from train.runs import Run
 from train.settings import SettingsError, resumed
 
 SPARSE = "--tiers dense:15%,64:85%"
@@ -81,21 +80,17 @@ def main() -> None:
 def train(run: Path, common: list[str], flags: str) -> None:
     """Trains into `run`, goes on with what is there, or does nothing when it is finished. SettingsError for another run's."""
     arguments = ["--out", str(run), "--resume", *common, *shlex.split(flags)]
-    if (run / "config.json").exists():
-        settings = resumed(json.loads((run / "config.json").read_text(encoding="utf-8"))["settings"], parse(arguments)[0])
-        if any(row["kind"] == "eval" and row["epoch"] == settings.epochs and row["split"] == "test" for row in logged(run)):
+    if config := Run(run).config():
+        epochs = resumed(config["settings"], parse(arguments)[0]).epochs
+        if any(row["kind"] == "eval" and row["epoch"] == epochs and row["split"] == "test" for row in Run(run).log.rows()):
             return
     subprocess.run([sys.executable, "-m", "train", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
-def logged(run: Path) -> list[dict[str, Any]]:
-    return Log(run / "metrics.jsonl").rows()
-
-
 def result(run: Path) -> dict[str, Any]:
     """Metrics of the last evaluation of test, bytes of all that comes after the encoder, and minutes of the whole run."""
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    rows = logged(run)
+    config, rows = Run(run).config(), Run(run).log.rows()
+    assert config is not None
     last = next(row for row in reversed(rows) if row["kind"] == "eval" and row["split"] == "test")
     model, settings = config["model"], config["settings"]
     width = model["embedding_width"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from models.checkpoint import load_head
+from models.checkpoint import checkpoints_in, load_head, step_of
 from models.encoder import Encoder
 from models.head import Head
 
@@ -37,13 +37,13 @@ class Run:
         """The checkpoint called `name` (step-…), or that of the most steps."""
         if not self.folder.is_dir():
             raise RunError(f"{self.folder}: no such folder")
-        found = sorted((path for path in self.folder.glob("checkpoints/step-*") if path.name[5:].isdigit()), key=_step)
-        if not found:
+        checkpoints = checkpoints_in(self.folder / "checkpoints")
+        if not checkpoints:
             raise RunError(f"{self.folder}: no checkpoint in checkpoints/")
         if name is None:
-            return found[-1]
-        if name not in {path.name for path in found}:
-            raise RunError(f"{self.folder}: no checkpoint {name}; there is {', '.join(path.name for path in found)}")
+            return checkpoints[-1]
+        if name not in {path.name for path in checkpoints}:
+            raise RunError(f"{self.folder}: no checkpoint {name}; there is {', '.join(path.name for path in checkpoints)}")
         return self.folder / "checkpoints" / name
 
     def labels(self) -> Iterator[tuple[str, str]]:
@@ -61,7 +61,8 @@ class Run:
         """Rows of the last evaluation up to `checkpoint`, by split; empty when there was none. NaN becomes null."""
         # Its last line may be one that a killed process was writing.
         logged = self._rows("metrics.jsonl", lambda row: (int(row["step"]), row.get("split"), row), broken_end=True)
-        evaluations = [(step, split, row) for step, split, row in logged if split is not None and step <= _step(checkpoint)]
+        last = step_of(checkpoint)
+        evaluations = [(step, split, row) for step, split, row in logged if split is not None and step <= last]
         return {split: row for step, split, row in evaluations if step == evaluations[-1][0]}
 
     def _rows(self, name: str, parse: Callable[[dict[str, Any]], _T], broken_end: bool = False) -> Iterator[_T]:
@@ -77,10 +78,6 @@ class Run:
                         return
                     raise RunError(f"{path}:{number}: not a line that train writes: {error}") from error
                 yield row
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def load_model(checkpoint: Path) -> tuple[Encoder, Head]:

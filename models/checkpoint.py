@@ -1,4 +1,4 @@
-"""Files of a trained head: one safetensors file whose buffers lie exactly as in memory. No pickle."""
+"""Checkpoint folders, and the file of a trained head: safetensors whose buffers lie exactly as in memory. No pickle."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ from models.head import Block, Head, HeadError
 _LAYOUT = "fanin-head"
 # The file says bf16 where numpy can only say uint16, so other readers of safetensors see true numbers.
 _AS_TORCH = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, by step, and not what somebody put beside them, such as a copy under another name."""
+    return sorted((path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of steps that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def save_head(head: Head, path: Path) -> None:

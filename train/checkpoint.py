@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.checkpoint import load_head, save_head
+from models.checkpoint import checkpoints_in, load_head, save_head
 from models.encoder import Encoder
 from models.head import Head
 from train.files import atomic_folder, remove_folder, remove_leftovers, write_text
@@ -60,7 +60,7 @@ class State:
 def latest(checkpoints: Path) -> Path | None:
     """The checkpoint of the highest step, None when there is none. What a killed process left half-written is removed."""
     remove_leftovers(checkpoints)
-    return max(_found(checkpoints), key=_step, default=None)
+    return next(reversed(checkpoints_in(checkpoints)), None)
 
 
 def save(state: State, checkpoints: Path, keep: int) -> Path:
@@ -72,7 +72,7 @@ def save(state: State, checkpoints: Path, keep: int) -> Path:
             save_head(state.training.head, folder / "head.safetensors")
             save_file(_tensors(state), folder / "trainer.safetensors")
             _write_progress(state.progress, folder)
-    for old in sorted(_found(checkpoints), key=_step)[:-keep]:
+    for old in checkpoints_in(checkpoints)[:-keep]:
         remove_folder(old)
     return target
 
@@ -112,15 +112,6 @@ def restore(state: State, checkpoint: Path) -> None:
     torch.set_rng_state(stored[_RNG])
     if device.type == "cuda" and device_state is not None:
         set_random_state(device, device_state)
-
-
-def _found(checkpoints: Path) -> list[Path]:
-    """The checkpoints, and not what somebody put beside them, such as a copy under another name."""
-    return [path for path in checkpoints.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _write_progress(progress: Progress, folder: Path) -> None:
