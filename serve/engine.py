@@ -5,6 +5,7 @@ Dimensions: B batch, S sequence length, D embedding width, k labels per text.
 
 from __future__ import annotations
 
+import os
 import time
 from abc import ABC, abstractmethod
 from bisect import bisect_left
@@ -123,6 +124,11 @@ class Engine(ABC):
     def added_bytes(self) -> dict[str, int]:
         """Memory, by name, of what the engine has made of the bundle to compute with, as far as it knows."""
         return {}
+
+    @property
+    def process(self) -> int:
+        """Number of the process that the engine computes in."""
+        return os.getpid()
 
     def device_memory(self) -> dict[str, int]:
         """Bytes of the device's memory: "used" and "total" of all processes, "allocated", "reserved" and "peak" of this one's

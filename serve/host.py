@@ -1,4 +1,4 @@
-"""What Linux and the C library report of this process and do for it: memory, also of its cgroup, and its threads' turns."""
+"""What Linux and the C library report of a process and do for it: memory, also of its cgroup, and its threads' turns."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import os
 import resource
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,13 +23,15 @@ def give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, 0, min(19, os.getpriority(os.PRIO_PROCESS, 0) + _STEP_BACK))  # 0: this thread
 
 
-def memory_bytes() -> dict[str, int]:
-    """rss (resident), pss (resident, shared pages by share), cgroup_used and cgroup_limit; what cannot be read is left out."""
-    found = {}
-    for line in _lines(Path("/proc/self/smaps_rollup")):
-        key, _, rest = line.partition(":")
-        if key in ("Rss", "Pss"):
-            found[key.lower()] = int(rest.split()[0]) * 1024
+def memory_bytes(processes: Iterable[int | str] = ("self",)) -> dict[str, int]:
+    """rss (resident) and pss (resident, shared pages by share) of `processes` together, cgroup_used and cgroup_limit of this
+    process's cgroup; what cannot be read is left out."""
+    found: dict[str, int] = {}
+    for process in processes:
+        for line in _lines(Path(f"/proc/{process}/smaps_rollup")):
+            key, _, rest = line.partition(":")
+            if key in ("Rss", "Pss"):
+                found[key.lower()] = found.get(key.lower(), 0) + int(rest.split()[0]) * 1024
     for folder, used, limit in _memory_cgroups():
         for kind, file in (("cgroup_used", used), ("cgroup_limit", limit)):
             for line in _lines(folder / file):

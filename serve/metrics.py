@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -70,6 +71,7 @@ class Metrics:
         self.model = Info("fanin_model", "The model that is served.", registry=self.registry)
         Info("fanin_build", "The program that serves.", registry=self.registry).info(versions())
         self.device_memory: Callable[[], dict[str, dict[str, int]]] = dict  # by device, as Engine.device_memory has it
+        self.engine_processes: Callable[[], set[int]] = set  # their numbers
         self.registry.register(_Memory(self))
         stages = ("tokenize", "queue", "encoder", "head", "serialize")
         self.stage = {name: stage_duration.labels(name) for name in stages}
@@ -97,8 +99,10 @@ class _Memory(Collector):
         self._metrics = metrics
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        host = GaugeMetricFamily("fanin_host_memory_bytes", "Memory of this process and of its cgroup.", labels=["kind"])
-        for kind, size in memory_bytes().items():
+        host = GaugeMetricFamily(
+            "fanin_host_memory_bytes", "Memory of the server's processes, and of its cgroup.", labels=["kind"]
+        )
+        for kind, size in memory_bytes({os.getpid()} | self._metrics.engine_processes()).items():
             host.add_metric([kind], size)
         labels = ["device", "kind"]
         device = GaugeMetricFamily("fanin_device_memory_bytes", "Memory of a device, whoever uses it.", labels=labels)

@@ -77,6 +77,7 @@ class EngineProcess(Engine):
         self.device, self.overlaps = device, device != "cpu"
         self._encoder_runtime, self._on_restart = encoder_runtime, on_restart
         self._warm_up: tuple[int, int] | None = None
+        self._added_bytes: dict[str, int] = {}
         self._device_memory: dict[str, int] = {}
         self._child: _Child | None = None
         self._lost_at: float | None = None
@@ -116,6 +117,14 @@ class EngineProcess(Engine):
         lost_at = self._lost_at
         return 0.0 if lost_at is None else time.monotonic() - lost_at
 
+    def added_bytes(self) -> dict[str, int]:
+        return self._added_bytes
+
+    @property
+    def process(self) -> int:
+        child = self._child
+        return super().process if child is None else child.number
+
     def device_memory(self) -> dict[str, int]:
         return self._device_memory
 
@@ -140,7 +149,7 @@ class EngineProcess(Engine):
     def _start(self) -> _Child:
         child = _Child(self.bundle, self.threads, self.device, self._encoder_runtime)
         try:
-            child.answer("head", _START_TIMEOUT_S)
+            self._added_bytes = child.answer("head", _START_TIMEOUT_S)
             if self._warm_up is not None:
                 child.call("head", "warm_up", self._warm_up, _START_TIMEOUT_S)
         except BaseException:
@@ -202,6 +211,11 @@ class _Child:
         for pipe in theirs:
             pipe.close()  # or the end of the process would not be the end of the pipe
 
+    @property
+    def number(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
     def call(self, stage: _Stage, name: str, arguments: tuple[Any, ...], timeout_s: float) -> Any:
         """What the engine's method gives or raises; EngineLost. For one thread per stage."""
         try:
@@ -214,7 +228,7 @@ class _Child:
         pipe = self._pipes[stage]
         try:
             if not pipe.poll(None if timeout_s == float("inf") else timeout_s):
-                _log.error("the engine's process %d is stuck for %.1f s; it is killed", self.process.pid, timeout_s)
+                _log.error("the engine's process %d is stuck for %.1f s; it is killed", self.number, timeout_s)
                 self.process.kill()
                 raise EngineLost(begun=True)
             ok, answer = pipe.recv()
@@ -245,7 +259,7 @@ def _run(
     except Exception as error:
         head.send((False, _portable(error)))
         return
-    head.send((True, None))
+    head.send((True, engine.added_bytes()))
     threading.Thread(target=_answer, args=[encoder, engine], daemon=True).start()
     _answer(head, engine)
 

@@ -73,6 +73,7 @@ class Service:
         self._path = settings.bundle
         self.draining = self._reloading = self._refusing = False
         metrics.device_memory = self._device_memory
+        metrics.engine_processes = lambda: {engine.process for backend in self.backends for engine in backend.engines}
         metrics.ready.set_function(lambda: self.status == "ready")
         metrics.draining.set_function(lambda: self.draining)
         metrics.queue_inputs.set_function(lambda: sum(b.scheduler.queue_inputs for b in self.backends))
@@ -223,10 +224,11 @@ class Service:
         metrics.model.info({"model": manifest.name, "version": engine.version})
         metrics.model_bytes.clear()
         for component, size in manifest.component_nbytes.items():
-            device = engine.device if component in ("encoder", "head") else "cpu"
-            metrics.model_bytes.labels(component, device).set(size)
-        for component, size in engine.added_bytes().items():
-            metrics.model_bytes.labels(component, engine.device).set(size)
+            for device in {each.device for each in backend.engines} if component in ("encoder", "head") else ["cpu"]:
+                metrics.model_bytes.labels(component, device).set(size)
+        for each in backend.engines:
+            for component, size in each.added_bytes().items():
+                metrics.model_bytes.labels(component, each.device).inc(size)
 
     def _device_memory(self) -> dict[str, dict[str, int]]:
         engines = [engine for backend in self.backends for engine in backend.engines]

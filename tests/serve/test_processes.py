@@ -18,7 +18,7 @@ import pytest
 
 from export.bundle import BundleError, open_bundle
 from models.kernels import Subset
-from serve.engine import Engine
+from serve.engine import CpuEngine, Engine
 from serve.processes import EngineProcess, open_engines
 from serve.worker import EngineLost
 from tests.serve.harness import TEXTS, Process
@@ -54,6 +54,17 @@ def runs(pid: int) -> bool:
         return False
 
 
+def pss(*pids: int) -> int:
+    """Bytes of memory that these processes hold, what they share counted once."""
+    rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
+    return 1024 * sum(int(rollup.partition("\nPss:")[2].split()[0]) for rollup in rollups)
+
+
+def value(metrics: str, name: str) -> float:
+    (line,) = (line for line in metrics.splitlines() if line.startswith(f"{name} "))
+    return float(line.rpartition(" ")[2])
+
+
 def call_until_it_fails(engine: Engine) -> None:
     """A process that gets a signal may answer once more before it is delivered."""
     while True:
@@ -85,6 +96,7 @@ def test_it_answers_as_an_engine_in_this_process_does(engine: Engine, remote: En
     for allowed in (None, [None, some, some, None, None]):
         for got, expected in zip(remote.topk(there[1:], 5, allowed), engine.topk(here[1:], 5, allowed), strict=True):
             np.testing.assert_array_equal(got, expected)
+    assert remote.added_bytes() == engine.added_bytes() != {}
     assert (remote.version, remote.padded(9), remote.max_length) == (engine.version, engine.padded(9), engine.max_length)
 
 
@@ -176,6 +188,10 @@ def test_a_server_with_several_workers_reloads_and_ends_cleanly(bundle_path: Pat
     process = Process(bundle_path, "--device", "cpu,cpu")
     workers = workers_of(process.popen.pid)
     assert len(workers) == 2
+    metrics = httpx.get(f"{process.url}/metrics").text
+    assert value(metrics, 'fanin_host_memory_bytes{kind="pss"}') == pytest.approx(pss(process.popen.pid, *workers), rel=0.1)
+    screen = CpuEngine(open_bundle(bundle_path), 1).added_bytes()["screen"]
+    assert value(metrics, 'fanin_model_bytes{component="screen",device="cpu"}') == 2 * screen
     process.popen.send_signal(signal.SIGHUP)
     eventually(lambda: 'fanin_reloads_total{result="ok"} 1.0' in httpx.get(f"{process.url}/metrics").text)
     eventually(lambda: not any(map(runs, workers)))  # the new ones answer before the old ones end
