@@ -199,6 +199,7 @@ class Trainer:
                 "epoch": progress.epoch + 1,
                 "loss": progress.loss_sum / progress.loss_steps,
                 "encoder_lr": 0.0 if settings.freeze_encoder else scale * settings.encoder_lr,
+                "intermediate_lr": scale * settings.intermediate_lr if settings.intermediate else 0.0,
                 "head_lr": scale * settings.head_lr,
                 "texts_per_s": round(texts_per_s, 1),
                 **self._stages.peaks_mb(),

@@ -131,7 +131,8 @@ def test_the_run_directory_holds_what_the_design_says(tmp_path):
             assert sum(decile["P@5"] for decile in row["deciles"]) == pytest.approx(row["P@5"])
             assert sum(decile["labels"] for decile in row["deciles"]) == N_LABELS
         elif row["kind"] == "train":
-            assert {"loss", "encoder_lr", "head_lr", "texts_per_s", "peak_memory_mb", "seconds"} <= row.keys()
+            assert {"loss", "encoder_lr", "intermediate_lr", "head_lr", "texts_per_s", "seconds"} <= row.keys()
+            assert row["peak_memory_mb"] > 0
     assert [row["step"] for row in rows if row["kind"] == "train"] == [5, 7, 10, 14, 15, 20, 21]
     stages = {row["stage"] for row in rows if row["kind"] == "stage"}
     assert stages >= {"reading", "model", "tokenization", "embedding", "training", "checkpoint", "evaluation"}

@@ -107,10 +107,10 @@ def _results(records: Sequence[Record]) -> Table:
 
 def _training(records: Sequence[Record]) -> list[Chart | None]:
     rates = {
-        _series(records, record, kind): _points(record.of_kind("train"), "step", key)
+        _series(records, record, kind): _points(record.of_kind("train"), "step", f"{kind}_lr")
         for record in records
-        for kind, key in (("encoder", "encoder_lr"), ("head", "head_lr"))
-        if any(row[key] for row in record.of_kind("train"))
+        for kind in ("encoder", "intermediate", "head")
+        if any(row.get(f"{kind}_lr") for row in record.of_kind("train"))
     }
     loss = {_series(records, record, "loss"): _points(record.of_kind("train"), "step", "loss") for record in records}
     return [line_chart("Training loss", "step", loss), line_chart("Learning rates", "step", rates, from_zero=True)]
