@@ -8,9 +8,8 @@ A checkpoint is written beside and renamed, so it is whole or absent.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -44,7 +43,6 @@ class Progress:
     loss_sum: float = 0.0
     loss_steps: int = 0
     seconds: float = 0.0
-    best: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

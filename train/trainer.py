@@ -170,14 +170,19 @@ class Trainer:
                 meter = self._evaluate(name)
             metrics = meter.result()
             seconds = time.monotonic() - started
-            where = {"step": progress.step, "epoch": progress.epoch + 1}
             self._log.write(
-                {"kind": "eval", "split": name, **where, **metrics, "deciles": meter.deciles(), "seconds": round(seconds, 3)}
+                {
+                    "kind": "eval",
+                    "split": name,
+                    "step": progress.step,
+                    "epoch": progress.epoch + 1,
+                    **metrics,
+                    "deciles": meter.deciles(),
+                    "seconds": round(seconds, 3),
+                }
             )
             shown = "  ".join(f"{metric} {metrics[metric]:.4f}" for metric in _SHOWN)
             tqdm.write(f"epoch {progress.epoch + 1}/{settings.epochs} {name}: {shown}")
-            if name == names[0] and metrics["P@1"] > progress.best.get("P@1", -1):
-                progress.best = where | metrics
 
     def _evaluate(self, name: str) -> Meter:
         state, meter = self._state, Meter(self._weights, self._counts)
