@@ -53,9 +53,11 @@ class Lists(ABC):
         """|∂loss/∂w| of every input, there or not, fp32 [R, D]: the mean over a group's labels where they share it."""
 
     def replace(self, prune: np.ndarray, grown: np.ndarray, rng: np.random.Generator | None) -> None:
-        """Replaces the connections `prune` bool [R, K] by the first of `grown` uint16 [R, ≥ count]; lists stay ascending.
+        """Replaces the connections `prune` bool [R, K], never all of a list, by the first of `grown` uint16 [R, ≥ count]; lists
+        stay ascending.
 
-        New weights are zero, or N(0, 1/K) from `rng`. Their moments start at zero.
+        New weights are zero, or N(0, 1/K) from `rng`. Their first moment starts at zero, the second at the mean of those that
+        the label keeps: from zero, with its bias correction long over, Adam would step three to six learning rates at a time.
         """
         rank = np.cumsum(prune, axis=1) - 1  # a pruned connection's place among its list's
         fresh = np.where(prune, np.take_along_axis(grown, np.maximum(rank, 0), axis=1), self.indices)
@@ -77,7 +79,7 @@ class Lists(ABC):
         """Sets the block's indices to `indices`, and moves weights and moments along K: place k gets what was at order[:, k].
 
         order int64 and new bool are [n, K, G], or [n, K, 1] for all labels of a group. Where `new`, weights become `weights`
-        fp32 [n, K, G], zero if None, and moments zero.
+        fp32 [n, K, G], zero if None, and moments as `replace` says.
         """
 
     def _rows(self, array: np.ndarray) -> np.ndarray:
@@ -127,8 +129,11 @@ class HostLists(Lists):
         values = block.values[part]
         begin = dtypes.encode(np.zeros(values.shape, np.float32) if weights is None else weights, block.dtype)
         block.values[part] = np.where(new, begin, np.take_along_axis(values, order, axis=1))
-        for moment in self._moments.values:
-            moment[part] = np.where(new, np.float32(0), np.take_along_axis(moment[part], order, axis=1))
+        for number, moment in enumerate(self._moments.values):
+            kept = np.where(new, np.float32(0), np.take_along_axis(moment[part], order, axis=1))
+            if number:
+                kept = np.where(new, kept.sum(axis=1, keepdims=True) / (~new).sum(axis=1, keepdims=True), kept)
+            moment[part] = kept
 
     def _mean(self, numbers: np.ndarray) -> np.ndarray:
         """fp32 [n, …] from [n, …, G], over the labels of each group; padding does not count."""

@@ -51,8 +51,11 @@ class DeviceLists(Lists):
         at, fresh = self._there(order).expand(block.values.shape), self._there(new)
         begin = torch.zeros_like(block.values) if weights is None else self._there(weights).to(block.values.dtype)
         block.values.copy_(torch.where(fresh, begin, block.values.gather(1, at)))
-        for moment in self._moments.values:
-            moment.copy_(moment.gather(1, at).masked_fill_(fresh, 0))
+        for number, moment in enumerate(self._moments.values):
+            kept = moment.gather(1, at).masked_fill_(fresh, 0)
+            if number:
+                kept = torch.where(fresh, kept.sum(dim=1, keepdim=True) / (~fresh).sum(dim=1, keepdim=True), kept)
+            moment.copy_(kept)
 
     def _mean(self, numbers: Tensor) -> np.ndarray:
         """fp32 [n, …] from [n, …, G], over the labels of each group; padding does not count."""

@@ -75,7 +75,7 @@ def test_connections_on_a_device_change_as_those_of_the_host(connectivity, dtype
     moments = Optimizer("adam").moments(block)
     rng = np.random.default_rng(1)
     for array in moments.values:
-        array[...] = rng.standard_normal(array.shape)
+        array[...] = rng.random(array.shape)
     there, there_moments = DeviceBlock.of(block, "cpu"), DeviceMoments.of(moments, "cpu")
     part = slice(1, 5)
     ours, theirs = DeviceLists(there, there_moments, part), HostLists(block, moments, part)
@@ -93,8 +93,8 @@ def test_connections_on_a_device_change_as_those_of_the_host(connectivity, dtype
     there_moments.write_to(moved)
     np.testing.assert_array_equal(after.indices, block.indices)
     np.testing.assert_array_equal(after.values, block.values)
-    for one, other in zip(moved.values, moments.values, strict=True):
-        np.testing.assert_array_equal(one, other)
+    for one, other in zip(moved.values, moments.values, strict=True):  # the second's means are sums in another order
+        np.testing.assert_allclose(one, other, rtol=1e-6)
     assert (block.values[part] != before[part]).any()
     np.testing.assert_array_equal(block.values[[0, 5]], before[[0, 5]])
 
