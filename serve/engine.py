@@ -126,8 +126,8 @@ class Engine(ABC):
         return {}
 
     @property
-    def process(self) -> int:
-        """Number of the process that the engine computes in."""
+    def pid(self) -> int:
+        """The process that the engine computes in."""
         return os.getpid()
 
     def device_memory(self) -> dict[str, int]:

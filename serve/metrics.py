@@ -71,7 +71,7 @@ class Metrics:
         self.model = Info("fanin_model", "The model that is served.", registry=self.registry)
         Info("fanin_build", "The program that serves.", registry=self.registry).info(versions())
         self.device_memory: Callable[[], dict[str, dict[str, int]]] = dict  # by device, as Engine.device_memory has it
-        self.engine_processes: Callable[[], set[int]] = set  # their numbers
+        self.engine_pids: Callable[[], set[int]] = set
         self.registry.register(_Memory(self))
         stages = ("tokenize", "queue", "encoder", "head", "serialize")
         self.stage = {name: stage_duration.labels(name) for name in stages}
@@ -102,7 +102,7 @@ class _Memory(Collector):
         host = GaugeMetricFamily(
             "fanin_host_memory_bytes", "Memory of the server's processes, and of its cgroup.", labels=["kind"]
         )
-        for kind, size in memory_bytes({os.getpid()} | self._metrics.engine_processes()).items():
+        for kind, size in memory_bytes({os.getpid()} | self._metrics.engine_pids()).items():
             host.add_metric([kind], size)
         labels = ["device", "kind"]
         device = GaugeMetricFamily("fanin_device_memory_bytes", "Memory of a device, whoever uses it.", labels=labels)

@@ -121,9 +121,9 @@ class EngineProcess(Engine):
         return self._added_bytes
 
     @property
-    def process(self) -> int:
+    def pid(self) -> int:
         child = self._child
-        return super().process if child is None else child.number
+        return super().pid if child is None else child.pid
 
     def device_memory(self) -> dict[str, int]:
         return self._device_memory
@@ -212,7 +212,7 @@ class _Child:
             pipe.close()  # or the end of the process would not be the end of the pipe
 
     @property
-    def number(self) -> int:
+    def pid(self) -> int:
         assert self.process.pid is not None
         return self.process.pid
 
@@ -228,7 +228,7 @@ class _Child:
         pipe = self._pipes[stage]
         try:
             if not pipe.poll(None if timeout_s == float("inf") else timeout_s):
-                _log.error("the engine's process %d is stuck for %.1f s; it is killed", self.number, timeout_s)
+                _log.error("the engine's process %d is stuck for %.1f s; it is killed", self.pid, timeout_s)
                 self.process.kill()
                 raise EngineLost(begun=True)
             ok, answer = pipe.recv()

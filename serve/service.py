@@ -73,7 +73,7 @@ class Service:
         self._path = settings.bundle
         self.draining = self._reloading = self._refusing = False
         metrics.device_memory = self._device_memory
-        metrics.engine_processes = lambda: {engine.process for backend in self.backends for engine in backend.engines}
+        metrics.engine_pids = lambda: {engine.pid for backend in self.backends for engine in backend.engines}
         metrics.ready.set_function(lambda: self.status == "ready")
         metrics.draining.set_function(lambda: self.draining)
         metrics.queue_inputs.set_function(lambda: sum(b.scheduler.queue_inputs for b in self.backends))
