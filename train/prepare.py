@@ -19,6 +19,7 @@ from train.data import Dataset, Labels
 from train.evaluation import sample
 from train.grouping import new_order
 from train.head import HeadTraining
+from train.imprint import imprint
 from train.inputs import Inputs, PooledInputs, TextInputs
 from train.metrics import inverse_propensities
 from train.model import new_encoder, new_head
@@ -76,6 +77,11 @@ def prepare(settings: Settings, run: Run) -> Trainer:
             name: PooledInputs(encoder, split, cache, name) if settings.freeze_encoder else TextInputs(encoder, split)
             for name, split in splits.items()
         }
+    if folder is None and settings.head_init == "imprinted":
+        with stages("imprinting"):  # what a pretrained encoder made of the texts is in the cache, the grouping needed it
+            known = settings.encoder != "small"
+            texts = PooledInputs(encoder, splits["train"], cache, "train") if known else inputs["train"]
+            imprint(head, texts, counts)
     weights = inverse_propensities(counts, len(splits["train"]), a=settings.propensity_a, b=settings.propensity_b)
     evaluations = {name: each for name, each in inputs.items() if name != "train"}
     positive_weights = weights.astype(np.float32) if settings.weight_positives else None

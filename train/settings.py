@@ -164,6 +164,11 @@ class Settings:
     head_dtype: Literal["bf16", "fp32"] = _head(
         "bf16", "number format of the weights; bf16 is rounded stochastically", choices=("bf16", "fp32")
     )
+    head_init: Literal["random", "imprinted"] = _head(
+        "random",
+        "first weights of a label: random, or the mean embedding of its training texts by the encoder as it is at first",
+        choices=("random", "imprinted"),
+    )
     loss: Loss = _head("bce", "loss of each label", choices=("bce", "squared_hinge"))
     label_smoothing: float = _head(0.0, "how far below 1 the target of a right label is", _share, unit="SHARE")
     weight_positives: bool = _head(
