@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -29,8 +27,8 @@ class BagOfWordsConfig(PreTrainedConfig):
 class BagOfWords(PreTrainedModel):
     """A vector for each token, shifted and scaled so that the mean over a text has mean 0 and variance 1.
 
-    Short and long texts then weigh the same. How much a word counts is its vector's length: `weigh` sets where it starts, and
-    training decides.
+    Short and long texts then weigh the same, and training decides by a vector's length how much its word counts, as inverse
+    document frequencies do: a word seen seldom starts short and adds little noise.
     """
 
     config_class = BagOfWordsConfig
@@ -40,11 +38,6 @@ class BagOfWords(PreTrainedModel):
         super().__init__(config)
         self.words = nn.Embedding(config.vocab_size, config.hidden_size)
         self.post_init()
-
-    @torch.no_grad()
-    def weigh(self, weights: np.ndarray) -> None:
-        """Multiplies each token's vector by its weight; `weights` fp32 [vocab_size]."""
-        self.words.weight *= torch.from_numpy(weights).to(self.words.weight)[:, None]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
         """Hidden states fp32 [B, S, H] from token ids and mask (1 token, 0 padding), both int64 [B, S]."""

@@ -12,9 +12,9 @@ from scipy.sparse import csr_array
 from scipy.sparse.linalg import svds
 
 from train.tokens import Split
-from train.words import SAMPLE_TEXTS, inverse_document_frequencies, presence
 
 _TEXTS_AT_ONCE = 65_536
+_SVD_TEXTS = 500_000  # more hardly change the directions
 _SVD_WIDTH = 128
 
 
@@ -53,9 +53,11 @@ class LatentSemantics:
     def __init__(self, tokens: np.ndarray, starts: np.ndarray, vocabulary: int, seed: int) -> None:
         """Learns the directions from these texts; `vocabulary` is the number of tokens there are."""
         self._vocabulary = vocabulary
-        stop = min(len(starts) - 1, SAMPLE_TEXTS)
-        counts = presence(tokens[: starts[stop]], starts[: stop + 1], vocabulary)
-        self._weights = inverse_document_frequencies(counts)
+        stop = min(len(starts) - 1, _SVD_TEXTS)
+        counts = self._presence(tokens[: starts[stop]], starts[: stop + 1])
+        frequency = np.bincount(counts.indices, minlength=vocabulary)
+        # A token of all texts, as [CLS] is, and one of none say nothing.
+        self._weights = np.where(frequency, np.log(stop / np.maximum(frequency, 1)), 0).astype(np.float32)
         matrix = self._weighted(counts)
         start = np.random.default_rng(seed).standard_normal(min(matrix.shape))
         _, _, directions = svds(matrix, min(_SVD_WIDTH, min(matrix.shape) - 1), v0=start)
@@ -63,7 +65,15 @@ class LatentSemantics:
 
     def embed(self, tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """fp32 [n, d]; zero for a text of unknown or everyday words only."""
-        return self._weighted(presence(tokens, starts, self._vocabulary)) @ self._directions
+        return self._weighted(self._presence(tokens, starts)) @ self._directions
+
+    def _presence(self, tokens: np.ndarray, starts: np.ndarray) -> csr_array:
+        """[n, vocabulary], 1 where a text has a token: titles hardly repeat words."""
+        entries = np.ones(len(tokens), np.float32), np.array(tokens), np.array(starts)  # copies: they change in place
+        matrix = csr_array(entries, shape=(len(starts) - 1, self._vocabulary))
+        matrix.sum_duplicates()
+        matrix.data[:] = 1
+        return matrix
 
     def _weighted(self, presence: csr_array) -> csr_array:
         """tf-idf with rows of length 1."""

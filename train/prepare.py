@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from models.bag_of_words import BagOfWords
 from models.device import DeviceError, cuda_device
 from models.head import Head
 from models.kernels import cpu
@@ -29,7 +28,6 @@ from train.settings import Settings, SettingsError
 from train.stages import Stages
 from train.tokens import Split, label_counts, load_split
 from train.trainer import Trainer
-from train.words import weigh
 
 _HELDOUT = 256
 _PACKAGES = ("fanin", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
@@ -70,8 +68,6 @@ def prepare(settings: Settings, run: Run) -> Trainer:
         }
         counts = label_counts(splits["train"], labels)
     if head is None:
-        if isinstance(encoder.transformer, BagOfWords):
-            weigh(encoder.transformer, splits["train"])
         with stages("grouping"):
             order = new_order(settings, encoder, splits["train"], labels, cache)
             head = new_head(settings, encoder.width, counts, len(splits["train"]), order)
