@@ -30,6 +30,7 @@ HEADS = {
 }
 ABLATIONS = {
     "sparse": SPARSE,
+    "imprinted": f"{SPARSE} --head-init imprinted",
     "rewire off": f"{SPARSE} --rewire off",
     "rewire gradient": f"{SPARSE} --rewire gradient",
     "grouping random": f"{SPARSE} --grouping random",
