@@ -17,8 +17,8 @@ from models.kernels.step import MOMENTS, Loss, Moments, Optimizer, Positives, ch
 from models.kernels.subset import Subset, check_allowed
 
 __all__ = [
-    "Loss", "Moments", "Optimizer", "Positives", "Screen", "Sketch", "Subset", "grad_input", "grad_values", "rounding_key", "scores",
-    "screen", "topk", "train_step",
+    "Loss", "Moments", "Optimizer", "Positives", "Screen", "Sketch", "Subset", "grad_input", "grad_values", "rounding_key",
+    "scores", "screen", "topk", "train_step",
 ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ examples = settings(deadline=None, suppress_health_check=[HealthCheck.function_s
 
 
 def assert_same(x: np.ndarray, head: Head, k: int) -> None:
-    """With screens the scores are the same bit for bit, and each label has its own: where there are no ties, the same labels."""
+    """With screens the scores are the same bit for bit, and each label has its own: without ties, the labels are the same."""
     screens = kernels.screen(head)
     assert None not in screens
     scores, labels = kernels.topk(x, head, k, screens=screens)

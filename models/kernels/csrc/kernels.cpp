@@ -49,7 +49,7 @@ void topk_row(const Block& block, const Batch& x, const Rows8& rows8, int64_t be
       while (open < n) open = next_group(*gate, 1, open + 1, end, G);
       if ((n = open) == end) break;
     }
-    const int64_t most = gate && !gate->excluding ? 1 : W;  // few labels allowed leave most groups unread
+    const int64_t most = gate && !gate->excluding ? 1 : TOGETHER;  // few labels allowed leave most groups unread
     const int count = (int)(most < end - n ? most : end - n);
     uint32_t found = candidate_groups(block, rows8, n, count, best.threshold[0], scratch + G);
     for (; found; found &= found - 1) {

@@ -18,6 +18,7 @@ namespace {
 
 constexpr int LANES = 2 * W;  // of 16 bits
 constexpr int AHEAD = 6;      // groups fetched before they are looked at
+constexpr int TOGETHER = 4;   // groups of one row looked at together; more would let memory wait in between
 
 // Fills in groups [begin, end); false when numbers are too large for it. `scratch` [K + 2, G].
 template <class T>
@@ -160,20 +161,18 @@ FANIN_INLINE uint32_t prepare_row(const Block& block, const Rows8& x, int64_t n,
   return figures;
 }
 
-// For a single row: which of `count` groups from n on, at most W, may have one of its k best, a bit for each. Several at a time,
-// as the way from a group's inputs to its limit is a long one. `scratch` holds W · ⌈K/2⌉ floats.
+// For a single row: which of `count` groups from n on, at most TOGETHER, may have one of its k best, a bit for each. Several at a
+// time, as the way from a group's inputs to its limit is a long one. `scratch` holds TOGETHER · ⌈K/2⌉ floats.
 uint32_t candidate_groups(const Block& block, const Rows8& x, int64_t n, int count, float threshold, float* scratch) {
   const int G = block.group_size, pairs = (block.fan_in + 1) / 2;
   const Screen& screen = block.screen;
   uint32_t* words = (uint32_t*)scratch;
   vu figures{};
   vf scale[4] = {};
-  if (count == W)
-    for (int i = 0; i < 4; ++i) scale[i] = load(screen.scale[i] + n);
-  for (int i = 0; i < count; ++i) figures[i] = prepare_row(block, x, n + i, words + (int64_t)i * pairs);
-  if (count < W)
-    for (int i = 0; i < 4; ++i)
-      for (int j = 0; j < count; ++j) scale[i][j] = screen.scale[i][n + j];
+  for (int i = 0; i < count; ++i) {
+    figures[i] = prepare_row(block, x, n + i, words + (int64_t)i * pairs);
+    for (int j = 0; j < 4; ++j) scale[j][i] = screen.scale[j][n + i];
+  }
   const vf least = needed(scale[0], scale[1], scale[2], scale[3], broadcast(threshold), broadcast(x.inverse[0]), norm_of(figures));
   const vu start = start_of(figures, block.fan_in);
   uint32_t found = 0;
