@@ -12,21 +12,22 @@ from types import ModuleType
 import numpy as np
 
 from models.head import Block, Head
-from models.kernels.screening import Screen
+from models.kernels.screening import Screen, Sketch
 from models.kernels.step import MOMENTS, Loss, Moments, Optimizer, Positives, check_rule, rounding_key
 from models.kernels.subset import Subset, check_allowed
 
 __all__ = [
-    "Loss", "Moments", "Optimizer", "Positives", "Screen", "Subset", "grad_input", "grad_values", "rounding_key", "scores",
-    "screen", "topk", "train_step",
+    "Loss", "Moments", "Optimizer", "Positives", "Screen", "Sketch", "Subset", "grad_input", "grad_values", "rounding_key",
+    "scores", "screen", "topk", "train_step",
 ]  # fmt: skip
 
 
-def screen(head: Head) -> list[Screen | None]:
-    """For each block its weights in 8 bits, or None: with them `topk` is faster, for as long as the weights stay as they are.
+def screen(head: Head) -> list[Screen | Sketch | None]:
+    """For each block what makes `topk` faster, or None, for as long as the weights stay as they are.
 
-    Blocks that have one: shared connectivity, fan-in of at most 128, on a processor with AVX2 or AVX-512. It takes as long as
-    reading the block a few times, and half of a bf16 block's memory.
+    Shared blocks of a fan-in of at most 128, on a processor with AVX2 or AVX-512, have their weights in 8 bits: half of a bf16
+    block's memory. Private blocks of a fan-in from 16 to 256 have their heaviest connections with weights in 8 bits, used for
+    up to 7 rows: a little more than half of a bf16 block's memory. It takes as long as reading the block a few times.
     """
     return [_compiled().screen(block) for block in head.blocks]
 
@@ -36,7 +37,7 @@ def topk(
     head: Head,
     k: int,
     allowed: Sequence[Subset | None] | None = None,
-    screens: Sequence[Screen | None] | None = None,
+    screens: Sequence[Screen | Sketch | None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best labels per row of x fp32 [B, D], exactly: scores fp32 [B, k] descending, label ids int32 [B, k].
 

@@ -13,11 +13,11 @@ from typing import cast
 import numpy as np
 
 from models.head import Block, Head
-from models.kernels.screening import Screen
+from models.kernels.screening import Screen, Sketch
 from models.kernels.step import Loss, Moments, Optimizer, Positives
 from models.kernels.subset import EVERY, Subset
 
-INTERFACE = 3  # of _cpu, as csrc/bindings.cpp has it
+INTERFACE = 4  # of _cpu, as csrc/bindings.cpp has it
 _BUILD = "run `make set-up`, or `pip install -e .`, in the project's folder"
 try:
     import models.kernels._cpu as _cpu  # compiled: it has no source to look at
@@ -56,21 +56,29 @@ if forced := os.environ.get("FANIN_THREADS"):
     set_threads(int(forced))
 
 
-def _native(block: Block, screen: Screen | None = None) -> _cpu.Block:
+def _native(block: Block, screen: Screen | Sketch | None = None) -> _cpu.Block:
     native = _cpu.Block(
         block.connectivity, block.width, block.dtype, block.values, block.bias, block.label_ids, cast(np.ndarray, block.indices)
     )
-    if screen is not None:
-        native.use_screen(screen.values, screen.start, screen.scale)
+    if isinstance(screen, Sketch):
+        native.use_sketch(screen.values, screen.indices, screen.rest, screen.scale)
+    elif screen is not None:
+        native.use_screen(screen.values, screen.scale)
     return native
 
 
-def screen(block: Block) -> Screen | None:
+def screen(block: Block) -> Screen | Sketch | None:
     """See models.kernels.screen."""
-    values = np.empty((block.groups, (block.fan_in + 1) // 2, block.group_size, 2), dtype=np.int8)
-    start = np.empty((block.groups, block.group_size), dtype=np.int16)
-    scale = np.empty((block.groups, 4), dtype=np.float32)
-    return Screen(values, start, scale) if _cpu.screen(_native(block), values, start, scale) else None
+    if block.connectivity == "private":
+        values = np.empty((block.groups, _cpu.sketched(block.fan_in), block.group_size), dtype=np.int8)
+        indices = np.empty(values.shape, dtype=np.uint16)
+        rest = np.empty((block.groups, block.group_size), dtype=np.uint16)
+        scale = np.empty((2, block.groups), dtype=np.float32)
+        fits = _cpu.sketch(_native(block), values, indices, rest, scale)
+        return Sketch(values, indices, rest, scale) if fits else None
+    values = np.empty((block.groups, (block.fan_in + 1) // 2, block.group_size, 2), dtype=np.uint8)
+    scale = np.empty((4, block.groups), dtype=np.float32)
+    return Screen(values, scale) if _cpu.screen(_native(block), values, scale) else None
 
 
 def topk(
@@ -78,7 +86,7 @@ def topk(
     head: Head,
     k: int,
     allowed: Sequence[Subset | None] | None = None,
-    screens: Sequence[Screen | None] | None = None,
+    screens: Sequence[Screen | Sketch | None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """See models.kernels.topk. OverflowError when scores of a row are not finite, so that no k best exist."""
     scores = np.empty((len(x), k), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""A shared block's weights in 8 bits, beside the block: a first look that tells where the k best cannot be."""
+"""What is made of a block's weights, beside the block, to tell where the k best cannot be: then fewer weights are read."""
 
 from __future__ import annotations
 
@@ -9,17 +9,36 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Screen:
-    """What csrc/screen.h describes; (K + 2) · G + 16 bytes a group.
+    """Of a shared block: its weights in 8 bits. What csrc/screen.h describes; K · G + 16 bytes a group.
 
-    values  int8 [N, ⌈K/2⌉, G, 2]
-    start   int16 [N, G]
-    scale   fp32 [N, 4]
+    values  uint8 [N, ⌈K/2⌉, G, 2]
+    scale   fp32 [4, N]
     """
 
     values: np.ndarray
-    start: np.ndarray
     scale: np.ndarray
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.start.nbytes + self.scale.nbytes
+        return self.values.nbytes + self.scale.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class Sketch:
+    """Of a private block: each label's heaviest connections, 3 of 4, with weights in 8 bits. What csrc/sketch.h describes;
+    (9/4 · K + 2) · G + 8 bytes a group.
+
+    values   int8 [N, ⌊3/4 · K⌋, G]
+    indices  uint16, the same
+    rest     bf16 [N, G]
+    scale    fp32 [2, N]
+    """
+
+    values: np.ndarray
+    indices: np.ndarray
+    rest: np.ndarray
+    scale: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.indices.nbytes + self.rest.nbytes + self.scale.nbytes

@@ -18,6 +18,9 @@ using Array = nb::ndarray<T, nb::numpy, nb::shape<Shape...>, nb::c_contig, nb::d
 using Values = nb::ndarray<nb::numpy, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Indices = nb::ndarray<const uint16_t, nb::numpy, nb::c_contig, nb::device::cpu>;
 using Floats3 = Array<float, -1, -1, -1>;
+using SketchValues = Array<int8_t, -1, -1, -1>;
+using SketchIndices = Array<uint16_t, -1, -1, -1>;
+using ScreenValues = Array<uint8_t, -1, -1, -1, 2>;
 
 static fanin::Block make_block(const std::string& connectivity, int width, const std::string& dtype, const nb::object& values,
                                Array<const float, -1, -1> bias, Array<const int32_t, -1, -1> labels, const nb::object& indices) {
@@ -46,6 +49,16 @@ static fanin::Block make_block(const std::string& connectivity, int width, const
   return block;
 }
 
+static fanin::Screen make_screen(ScreenValues values, Array<float, 4, -1> scale) {
+  const int64_t groups = (int64_t)scale.shape(1);
+  float* first = scale.data();
+  return {values.data(), {first, first + groups, first + 2 * groups, first + 3 * groups}};
+}
+
+static fanin::Sketch make_sketch(SketchValues values, SketchIndices indices, Array<uint16_t, -1, -1> rest, Array<float, 2, -1> scale) {
+  return {values.data(), indices.data(), rest.data(), scale.data(), scale.data() + scale.shape(1)};
+}
+
 static void train_step(const fanin::Block& block, Array<const float, -1, -1> x, Array<const int64_t, -1> slots,
                        Array<const int32_t, -1> rows, Array<const float, -1> weights, const nb::object& values, Array<float, -1, -1> bias,
                        const std::vector<Floats3>& moments, const std::vector<Array<float, -1, -1>>& bias_moments,
@@ -69,7 +82,7 @@ static void train_step(const fanin::Block& block, Array<const float, -1, -1> x, 
 
 NB_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of the head (C++); use them through models.kernels.";
-  m.attr("interface") = 3;  // models/kernels/cpu.py compares it; goes up with every change of a signature below
+  m.attr("interface") = 4;  // models/kernels/cpu.py compares it; goes up with every change of a signature below
   nb::class_<fanin::Block>(m, "Block").def(
       "__init__",
       [](fanin::Block* self, const std::string& connectivity, int width, const std::string& dtype, const nb::object& values,
@@ -79,14 +92,20 @@ NB_MODULE(_cpu, m) {
       "connectivity"_a, "width"_a, "dtype"_a, "values"_a, "bias"_a, "labels"_a, "indices"_a.none(),
       nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>(),
       "Pointers into a block's buffers, which it keeps alive.")
-      .def("use_screen", [](fanin::Block& self, Array<int8_t, -1, -1, -1, 2> values, Array<int16_t, -1, -1> start,
-                            Array<float, -1, 4> scale) {
-        self.screen = {values.data(), start.data(), (fanin::ScreenScale*)scale.data()};
-      }, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>());
-  m.def("screen", [](const fanin::Block& block, Array<int8_t, -1, -1, -1, 2> values, Array<int16_t, -1, -1> start, Array<float, -1, 4> scale) {
+      .def("use_screen", [](fanin::Block& self, ScreenValues values, Array<float, 4, -1> scale) { self.screen = make_screen(values, scale); },
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+      .def("use_sketch", [](fanin::Block& self, SketchValues values, SketchIndices indices, Array<uint16_t, -1, -1> rest, Array<float, 2, -1> scale) {
+        self.sketch = make_sketch(values, indices, rest, scale);
+      }, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>());
+  m.def("screen", [](const fanin::Block& block, ScreenValues values, Array<float, 4, -1> scale) {
     nb::gil_scoped_release release;
-    return fanin::screen(block, {values.data(), start.data(), (fanin::ScreenScale*)scale.data()});
+    return fanin::screen(block, make_screen(values, scale));
   });
+  m.def("sketch", [](const fanin::Block& block, SketchValues values, SketchIndices indices, Array<uint16_t, -1, -1> rest, Array<float, 2, -1> scale) {
+    nb::gil_scoped_release release;
+    return fanin::sketch(block, make_sketch(values, indices, rest, scale));
+  });
+  m.def("sketched", &fanin::sketched);
   m.def("topk", [](const std::vector<fanin::Block>& blocks, Array<const float, -1, -1> x, int k, const std::vector<Array<const int64_t, -1>>& places,
                    const std::vector<bool>& excluded, Array<float, -1, -1> scores, Array<int32_t, -1, -1> labels) {
     std::vector<fanin::Subset> allowed;

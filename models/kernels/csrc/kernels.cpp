@@ -8,6 +8,7 @@
 #include "screen.h"
 #include "select.h"
 #include "simd.h"
+#include "sketch.h"
 #include "update.h"
 
 namespace fanin {
@@ -36,21 +37,57 @@ bool along_batch(const Block& block, const Batch& x) {
   return block.connectivity == Connectivity::private_ && x.rows >= PRIVATE_BATCH;
 }
 
+#if defined(FANIN_SCREENS)
+// A single row looks at several groups of a screen at a time.
 template <class T>
-void topk(const Block& block, const Batch& x, [[maybe_unused]] const Rows8* rows8, int64_t begin, int64_t end, Gate* gate, Best& best,
-          float* scratch) {
+void topk_row(const Block& block, const Batch& x, const Rows8& rows8, int64_t begin, int64_t end, Gate* gate, Best& best,
+              float* scratch) {
+  const int G = block.group_size;
+  int64_t open = begin - 1;  // the gate has come to this group
+  for (int64_t n = begin; n < end;) {
+    if (gate) {
+      while (open < n) open = next_group(*gate, 1, open + 1, end, G);
+      if ((n = open) == end) break;
+    }
+    const int64_t most = gate && !gate->excluding ? 1 : TOGETHER;  // few labels allowed leave most groups unread
+    const int count = (int)(most < end - n ? most : end - n);
+    uint32_t found = candidate_groups(block, rows8, n, count, best.threshold[0], scratch + G);
+    for (; found; found &= found - 1) {
+      const int64_t at = n + __builtin_ctz(found);
+      while (gate && open < at) open = next_group(*gate, 1, open + 1, end, G);
+      if (gate && open > at) continue;
+      const Group<T> group(block, at);
+      forward_rows(block, group.values, group.index, x, group.bias, scratch);
+      select_rows(scratch, 1, G, group.labels, gate ? gate->open : nullptr, best);
+    }
+    n += count;
+  }
+}
+#endif
+
+template <class T>
+void topk(const Block& block, const Batch& x, [[maybe_unused]] const Rows8* rows8, const float* norms, int64_t begin, int64_t end,
+          Gate* gate, Best& best, float* scratch) {
   const int G = block.group_size;
   const bool columns = along_batch(block, x);
   const uint16_t* open = gate ? gate->open : nullptr;
   float *z = scratch, *wf = z + (int64_t)G * x.ldx, *limit = wf + (columns ? (int64_t)block.fan_in * G : 0);
   if (gate) start(*gate, x.rows, begin * G, G);
+#if defined(FANIN_SCREENS)
+  if (rows8 && x.rows == 1) return topk_row<T>(block, x, *rows8, begin, end, gate, best, scratch);
+#endif
   for (int64_t n = begin; n < end; ++n) {
     if (gate && (n = next_group(*gate, x.rows, n, end, G)) == end) break;
     const Group<T> group(block, n);
+    if (rows8 || norms) {
+      uint8_t* found = (uint8_t*)limit;
+      int count;
 #if defined(FANIN_SCREENS)
-    if (rows8) {
-      uint8_t* found;
-      const int count = candidates(block, x, *rows8, n, best, limit, found);
+      if (rows8)
+        count = candidate_rows(block, x, *rows8, n, best, limit, found);
+      else
+#endif
+        count = sketched_rows(block, x, norms, n, best, found);
       if (count == 0) continue;
       if (count <= x.rows / 4) {  // more are better off together
         for (int b = 0; b < x.rows; ++b) {
@@ -63,7 +100,6 @@ void topk(const Block& block, const Batch& x, [[maybe_unused]] const Rows8* rows
         continue;
       }
     }
-#endif
     if (columns) {
       forward_columns(block, group.values, group.index, x, group.bias, wf, z);
       select_columns(z, x.rows, x.ldx, G, group.labels, open, limit, best);
@@ -189,12 +225,12 @@ void backward(const Block& block, const Batch& x, const float* grad, int64_t beg
   }
 }
 
-void topk_any(const Block& block, const Batch& x, const Rows8* rows8, int64_t begin, int64_t end, Gate* gate, Best& best,
-              float* scratch) {
+void topk_any(const Block& block, const Batch& x, const Rows8* rows8, const float* norms, int64_t begin, int64_t end, Gate* gate,
+              Best& best, float* scratch) {
   switch (block.dtype) {
-    case DType::fp32: return topk<float>(block, x, rows8, begin, end, gate, best, scratch);
-    case DType::fp16: return topk<fp16>(block, x, rows8, begin, end, gate, best, scratch);
-    case DType::bf16: return topk<bf16>(block, x, rows8, begin, end, gate, best, scratch);
+    case DType::fp32: return topk<float>(block, x, rows8, norms, begin, end, gate, best, scratch);
+    case DType::fp16: return topk<fp16>(block, x, rows8, norms, begin, end, gate, best, scratch);
+    case DType::bf16: return topk<bf16>(block, x, rows8, norms, begin, end, gate, best, scratch);
   }
 }
 
@@ -211,6 +247,15 @@ bool screen_any(const Block& block, int64_t begin, int64_t end, const Screen& ou
 #else
 constexpr bool (*screen_any)(const Block&, int64_t, int64_t, const Screen&, float*) = nullptr;
 #endif
+
+bool sketch_any(const Block& block, int64_t begin, int64_t end, const Sketch& out, float* scratch) {
+  switch (block.dtype) {
+    case DType::fp32: return make_sketch<float>(block, begin, end, out, scratch);
+    case DType::fp16: return make_sketch<fp16>(block, begin, end, out, scratch);
+    case DType::bf16: return make_sketch<bf16>(block, begin, end, out, scratch);
+  }
+  return false;
+}
 
 void scores_any(const Block& block, const Batch& x, int64_t begin, int64_t end, float* out, float* scratch) {
   switch (block.dtype) {
@@ -242,7 +287,7 @@ void backward_any(const Block& block, const Batch& x, const float* grad, int64_t
 #define FANIN_STRING_(a) #a
 #define FANIN_STRING(a) FANIN_STRING_(a)
 
-const Kernels FANIN_CAT(kernels_, FANIN_LEVEL) = {FANIN_STRING(FANIN_LEVEL), FANIN_LEVEL::topk_any, FANIN_LEVEL::screen_any, FANIN_LEVEL::scores_any,
-                                                  FANIN_LEVEL::train_any, FANIN_LEVEL::backward_any};
+const Kernels FANIN_CAT(kernels_, FANIN_LEVEL) = {FANIN_STRING(FANIN_LEVEL), FANIN_LEVEL::topk_any, FANIN_LEVEL::screen_any, FANIN_LEVEL::sketch_any,
+                                                  FANIN_LEVEL::scores_any, FANIN_LEVEL::train_any, FANIN_LEVEL::backward_any};
 
 }  // namespace fanin

@@ -11,21 +11,26 @@ enum class Loss { bce, squared_hinge };
 enum class Update { sgd, momentum, adam };
 
 // A shared block's weights in 8 bits, see screen.h.
-struct ScreenScale {
-  float inverse;    // 1 / unit of the group's weights
-  float bias;       // the greatest of the group
-  float half_size;  // the greatest Σ|q| / 2
-  float rest;       // the greatest ‖e‖²
-};
-
 struct Screen {
-  int8_t* values;      // [N, ⌈K/2⌉, G, 2]: pairs of inputs side by side; null where a block has none
-  int16_t* start;      // [N, G], −128 · Σ q
-  ScreenScale* scale;  // [N]
+  uint8_t* values;  // [N, ⌈K/2⌉, G, 2], q + 64: pairs of inputs side by side; null where a block has none
+  float* scale[4];  // [N] each: 1 / unit of the group's weights; its greatest bias; what sums may be short of, whatever the row;
+                    // and what besides for each unit of ‖u‖, the greatest ‖e‖
 };
 
 constexpr float LARGEST_SCREENED = 1e18f, SMALLEST_UNIT = 1e-30f;
 constexpr int MAX_SCREENED_FAN_IN = 128;  // units are too coarse beyond
+
+// The heaviest connections of a private block's labels, see sketch.h.
+struct Sketch {
+  int8_t* values;     // [N, sketched(K), G], q; null where a block has none
+  uint16_t* indices;  // the same
+  uint16_t* rest;     // [N, G], bf16, the norm of the weights not kept
+  float* unit;        // [N], of the group's weights
+  float* error;       // [N], the greatest ‖e‖ of the group
+};
+
+constexpr int MIN_SKETCHED_FAN_IN = 16, MAX_SKETCHED_FAN_IN = 256;
+inline int sketched(int fan_in) { return 3 * fan_in / 4; }
 
 struct Block {
   Connectivity connectivity;
@@ -37,6 +42,7 @@ struct Block {
   float* bias;              // [N, G]
   const int32_t* labels;    // [N, G], −1 = padding
   Screen screen;
+  Sketch sketch;
 };
 
 struct Batch {
@@ -48,10 +54,10 @@ struct Batch {
 
 // The rows of a batch in 8 bits, for a block with a screen.
 struct Rows8 {
-  const uint8_t* x;       // [D, ldx], u + 128
-  const uint32_t* twice;  // [D], a single row's, in bytes 0 and 2
-  const float* squares;   // [D, ldx], (u + d)²
-  const float* inverse;   // [ldx], 1 / unit
+  const int8_t* x;          // [D, ldx], u
+  const uint64_t* spread;   // [D], a single row's, in bytes 3 and 5 of 8
+  const uint32_t* figures;  // [D, ldx], u² · 2¹⁰ + u + 128: sums of MAX_SCREENED_FAN_IN fit
+  const float* inverse;     // [ldx], 1 / unit
 };
 
 // The k best of each row so far: one min-heap per row. threshold[b] is what a score must exceed; +inf in padding rows.
@@ -101,10 +107,12 @@ struct Step {
 // All work on groups [begin, end). `scratch` holds scratch_floats() floats, 64-byte aligned, one per thread.
 struct Kernels {
   const char* name;
-  // The gate may be null: then every label is allowed. So may the rows in 8 bits: then the block's screen is not used.
-  void (*topk)(const Block&, const Batch&, const Rows8*, int64_t begin, int64_t end, Gate*, Best&, float* scratch);
+  // The gate may be null: then every label is allowed. So may the rows in 8 bits, then the block's screen is not used, and the norms
+  // [B, 2] of the rows' largest inputs, then its sketch is not.
+  void (*topk)(const Block&, const Batch&, const Rows8*, const float* norms, int64_t begin, int64_t end, Gate*, Best&, float* scratch);
   // False where a block's numbers do not fit. Null where the instruction set has no fast products of 8 bits.
   bool (*screen)(const Block&, int64_t begin, int64_t end, const Screen&, float* scratch);
+  bool (*sketch)(const Block&, int64_t begin, int64_t end, const Sketch&, float* scratch);
   void (*scores)(const Block&, const Batch&, int64_t begin, int64_t end, float* out, float* scratch);
   // Adds ∂loss/∂x to grad_xt [D, ldx] and returns the summed loss.
   double (*train)(const Block&, const Batch&, const Step&, int64_t begin, int64_t end, float* grad_xt, float* scratch);

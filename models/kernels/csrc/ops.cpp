@@ -5,8 +5,10 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <memory>
+#include <numeric>
 
 #include "threads.h"
 
@@ -89,25 +91,46 @@ class Bytes {
       if (!(most < LARGEST_SCREENED)) return;
       inverse_.push_back(1 / std::max(most / 127, SMALLEST_UNIT));
     }
-    x_.resize((size_t)width * ldx), squares_.resize((size_t)width * ldx);
+    x_.resize((size_t)width * ldx), figures_.resize((size_t)width * ldx);
     for (int b = 0; b < rows; ++b)
       for (int d = 0; d < width; ++d) {
-        const float u = batch.x[(int64_t)b * width + d] * inverse_[b];
-        x_[(size_t)d * ldx + b] = (uint8_t)(128 + std::lrint(u)), squares_[(size_t)d * ldx + b] = u * u;
+        const int u = (int)std::lrint(batch.x[(int64_t)b * width + d] * inverse_[b]);
+        x_[(size_t)d * ldx + b] = (int8_t)u, figures_[(size_t)d * ldx + b] = (uint32_t)(u * u * 1024 + u + 128);
       }
     if (ldx == 1)
-      for (const uint8_t u : x_) twice_.push_back(u | (uint32_t)u << 16);
+      for (const int8_t u : x_) spread_.push_back((uint64_t)(uint8_t)u << 24 | (uint64_t)(uint8_t)u << 40);
     inverse_.resize(ldx, 1.0f);
-    rows_ = {x_.data(), twice_.data(), squares_.data(), inverse_.data()};
+    rows_ = {x_.data(), spread_.data(), figures_.data(), inverse_.data()};
   }
   const Rows8* of(const Block& block) const { return rows_.x && block.screen.values ? &rows_ : nullptr; }
 
  private:
-  std::vector<uint8_t> x_;
-  std::vector<uint32_t> twice_;
-  std::vector<float> squares_, inverse_;
+  std::vector<int8_t> x_;
+  std::vector<uint64_t> spread_;
+  std::vector<uint32_t> figures_;
+  std::vector<float> inverse_;
   Rows8 rows_{};
 };
+
+// For each row the norms of its largest inputs, as many as a label's sketch has and as it lacks. None when no row will ask for them or
+// a number is too large.
+std::vector<float> largest_norms(const Block& block, const Batch& batch) {
+  std::vector<float> norms;
+  if (!block.sketch.values || batch.rows >= PRIVATE_BATCH) return norms;
+  const int kept = sketched(block.fan_in);  // more than half
+  std::vector<double> squares(block.width);
+  for (int b = 0; b < batch.rows; ++b) {
+    const float* x = batch.x + (int64_t)b * block.width;
+    std::transform(x, x + block.width, squares.begin(), [](double a) { return a * a; });
+    std::partial_sort(squares.begin(), squares.begin() + kept, squares.end(), std::greater<>());
+    for (const int count : {kept, block.fan_in - kept}) {
+      const double norm = std::sqrt(std::accumulate(squares.begin(), squares.begin() + count, 0.0));
+      if (!(norm < LARGEST_SCREENED)) return {};
+      norms.push_back((float)(norm * (1 + 0x1p-12)) + SMALLEST_UNIT);
+    }
+  }
+  return norms;
+}
 
 // Contiguous slices, one per thread: the same sums in the same order for the same number of threads.
 template <class Work>
@@ -158,6 +181,8 @@ void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, con
       batch.xt = xt.get();
     }
     const Bytes bytes(blocks, batch);
+    std::vector<std::vector<float>> norms;
+    for (const auto& block : blocks) norms.push_back(largest_norms(block, batch));
     std::vector<float> best_scores((size_t)workers * part * k), thresholds((size_t)workers * batch.ldx);
     std::vector<int32_t> best_labels((size_t)workers * part * k);
     std::vector<int> counts((size_t)workers * part);
@@ -172,12 +197,15 @@ void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, con
       std::fill_n(best.threshold + part, batch.ldx - part, std::numeric_limits<float>::infinity());
       for (int64_t begin; (begin = next.fetch_add(chunk)) < groups;) {
         int64_t end = std::min(begin + chunk, groups), offset = 0, place = 0;
-        for (const auto& block : blocks) {
+        for (size_t i = 0; i < blocks.size(); ++i) {
+          const Block& block = blocks[i];
           const int64_t from = std::max<int64_t>(begin - offset, 0), to = std::min(end - offset, block.groups);
           Gate gate{};
           gate.rows = gated ? &allowed[row] : nullptr, gate.first = place;
           gate.next = gate_next.data() + (size_t)t * part, gate.open = gate_open.data() + (size_t)t * part * (largest / 16);
-          if (from < to) run.topk(block, batch, bytes.of(block), from, to, gated ? &gate : nullptr, best, scratches[t].get());
+          if (from < to)
+            run.topk(block, batch, bytes.of(block), norms[i].empty() ? nullptr : norms[i].data(), from, to, gated ? &gate : nullptr, best,
+                     scratches[t].get());
           offset += block.groups;
           place += block.groups * block.group_size;
         }
@@ -206,8 +234,19 @@ bool screen(const Block& block, const Screen& out) {
   if (!kernels().screen || block.connectivity != Connectivity::shared || block.fan_in > MAX_SCREENED_FAN_IN) return false;
   std::atomic<bool> fits{true};
   by_slice(block.groups, workers_for(block.groups), [&](int, int64_t begin, int64_t end) {
-    Floats scratch((int64_t)(block.fan_in + 3) * block.group_size);
+    Floats scratch((int64_t)(block.fan_in + 2) * block.group_size);
     if (!kernels().screen(block, begin, end, out, scratch.get())) fits = false;
+  });
+  return fits;
+}
+
+bool sketch(const Block& block, const Sketch& out) {
+  if (block.connectivity != Connectivity::private_ || block.fan_in < MIN_SKETCHED_FAN_IN || block.fan_in > MAX_SKETCHED_FAN_IN)
+    return false;
+  std::atomic<bool> fits{true};
+  by_slice(block.groups, workers_for(block.groups), [&](int, int64_t begin, int64_t end) {
+    Floats scratch((int64_t)block.fan_in * block.group_size);
+    if (!kernels().sketch(block, begin, end, out, scratch.get())) fits = false;
   });
   return fits;
 }

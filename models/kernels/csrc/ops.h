@@ -18,6 +18,8 @@ void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, con
           int32_t* labels);
 // Fills in the block's screen; false where it can have none on this machine.
 bool screen(const Block& block, const Screen& out);
+// Fills in the block's sketch; false where it can have none.
+bool sketch(const Block& block, const Sketch& out);
 void scores(const Block& block, const float* x, int rows, float* out);
 // grad_x [B, D]; returns the loss, summed over labels and averaged over rows.
 double train_step(const Block& block, const float* x, int rows, const Step& step, float* grad_x);

@@ -3,7 +3,8 @@
 // bounds of their error, so that nothing is missed.
 //
 // In units of a group, weights are q + e with whole |q| ≤ 64 and |e| ≤ 1/2; in units of a row, inputs are u + d with |u| ≤ 127 and
-// |d| ≤ 1/2. A score is Σ q·u and at most Σ|q| / 2 + ‖e‖·‖u + d‖ besides. The sums fit into 16 bits, as Σ|q| ≤ 257.
+// |d| ≤ 1/2. A score is Σ q·u and at most Σ|q| / 2 + ‖e‖·‖u + d‖ besides, where ‖u + d‖ ≤ ‖u‖ + √K / 2. The sums fit into 16 bits,
+// as Σ|q| ≤ 257; on the way they may leave these bits and come back. Stored are q + 64 ≥ 0, so sums start at −64 · Σ u.
 #pragma once
 #include "kernels.h"
 #include "simd.h"
@@ -17,12 +18,13 @@ namespace {
 
 constexpr int LANES = 2 * W;  // of 16 bits
 constexpr int AHEAD = 6;      // groups fetched before they are looked at
+constexpr int TOGETHER = 4;   // groups of one row looked at together; more would let memory wait in between
 
-// Fills in groups [begin, end); false when numbers are too large for it. `scratch` [K + 3, G].
+// Fills in groups [begin, end); false when numbers are too large for it. `scratch` [K + 2, G].
 template <class T>
 bool make_screen(const Block& block, int64_t begin, int64_t end, const Screen& out, float* scratch) {
   const int K = block.fan_in, G = block.group_size, pairs = (K + 1) / 2;
-  float *wf = scratch, *sum = wf + (int64_t)K * G, *size = sum + G, *rest = size + G;
+  float *wf = scratch, *size = wf + (int64_t)K * G, *rest = size + G;
   for (int64_t n = begin; n < end; ++n) {
     const T* w = (const T*)block.values + n * K * G;
     float most = 0, largest = 0;
@@ -43,144 +45,188 @@ bool make_screen(const Block& block, int64_t begin, int64_t end, const Screen& o
     }
     const float wanted = most / 64 > largest / (257 - pairs) ? most / 64 : largest / (257 - pairs);
     const float inverse = 1 / (wanted > SMALLEST_UNIT ? wanted : SMALLEST_UNIT);
-    for (int g = 0; g < G; ++g) sum[g] = size[g] = rest[g] = 0;
-    int8_t* q = out.values + n * pairs * G * 2;
+    for (int g = 0; g < G; ++g) size[g] = rest[g] = 0;
+    uint8_t* q = out.values + n * pairs * G * 2;
     for (int k = 0; k < 2 * pairs; ++k)
       for (int g = 0; g < G; ++g) {
         const float exact = k < K ? wf[(int64_t)k * G + g] * inverse : 0, whole = __builtin_rintf(exact);
-        q[((int64_t)(k / 2) * G + g) * 2 + k % 2] = (int8_t)whole;
-        sum[g] += whole;
+        q[((int64_t)(k / 2) * G + g) * 2 + k % 2] = (uint8_t)(whole + 64);
         size[g] += __builtin_fabsf(whole);
         rest[g] += (exact - whole) * (exact - whole);
       }
     float size_most = 0, rest_most = 0;
     for (int g = 0; g < G; ++g) {
-      out.start[n * G + g] = (int16_t)(uint16_t)(-128 * (int)sum[g]);  // inputs come as u + 128
       size_most = size[g] > size_most ? size[g] : size_most;
       rest_most = rest[g] > rest_most ? rest[g] : rest_most;
     }
-    out.scale[n] = {inverse, bias, size_most / 2, rest_most};
+    const float root = __builtin_sqrtf(rest_most) * 1.001f;
+    // Two units: for rounding sums, in 8 bits and in the score, and for rounding the limit down.
+    out.scale[0][n] = inverse, out.scale[1][n] = bias + __builtin_fabsf(bias) * 0x1p-20f;
+    out.scale[2][n] = (size_most / 2 + root * __builtin_sqrtf((float)K) / 2) * 1.001f + 2, out.scale[3][n] = root;
   }
   return true;
 }
 
+// What the products want of each row.
+struct Inputs {
+  uint32_t* words;  // [⌈K/2⌉, ldx], u of a pair of inputs, twice over
+  uint32_t* start;  // [ldx], −64 · Σ u in 16 bits, twice over
+  int16_t* limit;   // [ldx], what a sum must exceed
+};
+
 // Whether NV vectors of labels have a sum above the limit, for BT rows.
 template <int NV, int BT>
-FANIN_INLINE void screen_tile(const int8_t* q, const int16_t* start, int pairs, int G, const uint32_t* x, int ldx, const int16_t* limit,
-                              uint8_t* found) {
+FANIN_INLINE void screen_tile(const uint8_t* q, int pairs, int G, Inputs x, int row, int ldx, uint8_t* found) {
   vs sum[BT][NV];
   for (int b = 0; b < BT; ++b)
-    for (int v = 0; v < NV; ++v) sum[b][v] = load(start + v * LANES);
+    for (int v = 0; v < NV; ++v) sum[b][v] = (vs)broadcast(x.start[row + b]);
   for (int j = 0; j < pairs; ++j) {
     vs w[NV];
     for (int v = 0; v < NV; ++v) w[v] = load((const int16_t*)(q + (int64_t)j * G * 2) + v * LANES);
     for (int b = 0; b < BT; ++b) {
-      const vu both = broadcast(x[(int64_t)j * ldx + b]);
-      for (int v = 0; v < NV; ++v) sum[b][v] += pair_products(both, w[v]);
+      const vu both = broadcast(x.words[(int64_t)j * ldx + row + b]);
+      for (int v = 0; v < NV; ++v) sum[b][v] += pair_products(w[v], both);
     }
   }
   for (int b = 0; b < BT; ++b) {
-    vs above = sum[b][0] > broadcast(limit[b]);
-    for (int v = 1; v < NV; ++v) above |= sum[b][v] > broadcast(limit[b]);
-    found[b] |= any(above);
+    vs above = sum[b][0] > broadcast(x.limit[row + b]);
+    for (int v = 1; v < NV; ++v) above |= sum[b][v] > broadcast(x.limit[row + b]);
+    found[row + b] |= any(above);
   }
 }
 
 template <int NV, int BT>
-FANIN_INLINE void screen_rows(int rows, const int8_t* q, const int16_t* start, int pairs, int G, const uint32_t* x, int ldx,
-                              const int16_t* limit, uint8_t* found) {
+FANIN_INLINE void screen_rows(int rows, const uint8_t* q, int pairs, int G, Inputs x, int row, int ldx, uint8_t* found) {
   if constexpr (BT > 0) {
     if (rows == BT)
-      screen_tile<NV, BT>(q, start, pairs, G, x, ldx, limit, found);
+      screen_tile<NV, BT>(q, pairs, G, x, row, ldx, found);
     else
-      screen_rows<NV, BT - 1>(rows, q, start, pairs, G, x, ldx, limit, found);
+      screen_rows<NV, BT - 1>(rows, q, pairs, G, x, row, ldx, found);
   }
 }
 
 template <int NV>
-void screen_group(const int8_t* q, const int16_t* start, int pairs, int G, const uint32_t* x, int rows, int ldx, const int16_t* limit,
-                  uint8_t* found) {
+FANIN_INLINE void screen_tiles(const uint8_t* q, int pairs, int G, Inputs x, int rows, int ldx, uint8_t* found) {
   const int tiles = (rows + ROWS_PER_TILE - 1) / ROWS_PER_TILE;
   for (int t = 0; t < tiles; ++t) {
-    const int b = rows * t / tiles, height = rows * (t + 1) / tiles - b;
-    for (int g = 0; g < G; g += NV * LANES)
-      screen_rows<NV, ROWS_PER_TILE>(height, q + 2 * g, start + g, pairs, G, x + b, ldx, limit + b, found + b);
+    const int row = rows * t / tiles, height = rows * (t + 1) / tiles - row;
+    for (int g = 0; g < G; g += NV * LANES) screen_rows<NV, ROWS_PER_TILE>(height, q + 2 * g, pairs, G, x, row, ldx, found);
   }
 }
 
-// What sums must exceed: a score above the threshold, less what the sum may be short of, less the rounding of scores in fp32. V is
-// a vector of rows or one row.
-template <class V>
-FANIN_INLINE V needed(const ScreenScale& scale, V threshold, V row_inverse, V root) {
-  const V slack = (absolute(threshold) + __builtin_fabsf(scale.bias)) * 0x1p-20f;
-  const V margin = (root + scale.half_size) * 1.001f + 2.0f;  // a unit for rounding down
-  const V least = (threshold - scale.bias - slack) * (row_inverse * scale.inverse) - margin;
-  const V above = least > -32768.0f ? least : V{} - 32768.0f;  // also where it is not a number
-  return above < 32767.0f ? above : V{} + 32767.0f;
+// Sets found [rows] where a row has a sum above its limit.
+FANIN_INLINE void screen_group(const uint8_t* q, int pairs, int G, Inputs x, int rows, int ldx, uint8_t* found) {
+  if (G % (2 * LANES) == 0)
+    screen_tiles<2>(q, pairs, G, x, rows, ldx, found);
+  else
+    screen_tiles<1>(q, pairs, G, x, rows, ldx, found);
 }
 
-// Pairs of inputs of the group as the products want them, and limits.
-void prepare_row(const Block& block, const Rows8& x, int64_t n, float threshold, uint32_t* words, int16_t* limit) {
+// A group's walk is too short for the processor to see where it leads.
+FANIN_INLINE void prefetch(const uint8_t* q, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(q + AHEAD * bytes + i);
+}
+
+// What sums of group n must exceed: a score above the threshold, less what the sum may be short of, less the rounding of scores in
+// fp32. For a vector of rows, or of groups n, n + 1, …
+FANIN_INLINE vf needed(vf inverse, vf bias, vf margin, vf rest, vf threshold, vf row_inverse, vf norm) {
+  const vf distance = threshold - absolute(threshold) * 0x1p-20f - bias;
+  const vf least = distance * (row_inverse * inverse) - (rest * norm + margin);
+  const vf above = least > -32768.0f ? least : vf{} - 32768.0f;  // also where it is not a number
+  return above < 32767.0f ? above : vf{} + 32767.0f;
+}
+
+// From the sum of K of Rows8's figures: the norm ‖u‖, or a little more.
+FANIN_INLINE vf norm_of(vu figures) { return square_root(__builtin_convertvector((vi)(figures >> 10), vf)); }
+
+// And the start of sums, twice over: −64 · Σ u modulo 2¹⁶.
+FANIN_INLINE vu start_of(vu figures, int K) { return ((128u * K - figures) * 64 & 0xFFFF) * 0x10001; }
+
+// The inputs of group n in one row, in pairs as the products want them. Returns the sum of their figures.
+FANIN_INLINE uint32_t prepare_row(const Block& block, const Rows8& x, int64_t n, uint32_t* words) {
   const int K = block.fan_in;
   const uint16_t* index = block.indices + n * K;
-  const ScreenScale& scale = block.screen.scale[n];
-  float norm[4] = {};
+  const auto word = [&x](int input, int at) {
+    uint32_t both;
+    std::memcpy(&both, (const uint8_t*)(x.spread + input) + 3 - at, 4);
+    return both;
+  };
+  uint32_t figures = 0;
   int k = 0;
-  for (; k + 4 <= K; k += 4) {
-    const uint16_t i0 = index[k], i1 = index[k + 1], i2 = index[k + 2], i3 = index[k + 3];
-    words[k / 2] = x.twice[i0] | x.twice[i1] << 8, words[k / 2 + 1] = x.twice[i2] | x.twice[i3] << 8;
-    norm[0] += x.squares[i0], norm[1] += x.squares[i1], norm[2] += x.squares[i2], norm[3] += x.squares[i3];
+  for (; k + 2 <= K; k += 2) {
+    words[k / 2] = word(index[k], 0) | word(index[k + 1], 1);
+    figures += x.figures[index[k]] + x.figures[index[k + 1]];
   }
-  for (; k < K; ++k) {
-    words[k / 2] = k % 2 ? words[k / 2] | x.twice[index[k]] << 8 : x.twice[index[k]];
-    norm[k % 4] += x.squares[index[k]];
-  }
-  const float root = __builtin_sqrtf(scale.rest * ((norm[0] + norm[1]) + (norm[2] + norm[3])));
-  *limit = (int16_t)needed(scale, threshold, x.inverse[0], root);
+  if (k < K) words[k / 2] = word(index[k], 0), figures += x.figures[index[k]];
+  return figures;
 }
 
-void prepare_rows(const Block& block, const Rows8& x, int64_t n, int ldx, const float* threshold, uint32_t* words, int16_t* limit) {
+// For a single row: which of `count` groups from n on, at most TOGETHER, may have one of its k best, a bit for each. Several at a
+// time, as the way from a group's inputs to its limit is a long one. `scratch` holds TOGETHER · ⌈K/2⌉ floats.
+uint32_t candidate_groups(const Block& block, const Rows8& x, int64_t n, int count, float threshold, float* scratch) {
+  const int G = block.group_size, pairs = (block.fan_in + 1) / 2;
+  const Screen& screen = block.screen;
+  uint32_t* words = (uint32_t*)scratch;
+  vu figures{};
+  vf scale[4] = {};
+  for (int i = 0; i < count; ++i) {
+    figures[i] = prepare_row(block, x, n + i, words + (int64_t)i * pairs);
+    for (int j = 0; j < 4; ++j) scale[j][i] = screen.scale[j][n + i];
+  }
+  const vf least = needed(scale[0], scale[1], scale[2], scale[3], broadcast(threshold), broadcast(x.inverse[0]), norm_of(figures));
+  const vu start = start_of(figures, block.fan_in);
+  uint32_t found = 0;
+  for (int i = 0; i < count; ++i) {
+    const uint8_t* q = screen.values + (n + i) * pairs * G * 2;
+    prefetch(q, pairs * G * 2);
+    uint32_t first = start[i];
+    int16_t limit = (int16_t)least[i];
+    uint8_t any = 0;
+    screen_group(q, pairs, G, {words + (int64_t)i * pairs, &first, &limit}, 1, 1, &any);
+    found |= (uint32_t)any << i;
+  }
+  return found;
+}
+
+void prepare_rows(const Block& block, const Rows8& x, int64_t n, int ldx, const float* threshold, Inputs out) {
   constexpr int NV = 16 / W;
+  static constexpr int8_t zero[16] = {};
   const int K = block.fan_in;
+  const Screen& screen = block.screen;
   const uint16_t* index = block.indices + n * K;
-  const ScreenScale& scale = block.screen.scale[n];
   for (int b = 0; b < ldx; b += 16) {
-    vf norm[NV] = {};
-    for (int k = 0; k < K; ++k) {
-      const float* square = x.squares + (int64_t)index[k] * ldx + b;
-      for (int v = 0; v < NV; ++v) norm[v] += load(square + v * W);
-    }
+    vu figures[NV] = {};
+    for (int k = 0; k < K; ++k)
+      for (int v = 0; v < NV; ++v) figures[v] += load(x.figures + (int64_t)index[k] * ldx + b + v * W);
     for (int k = 0; k < K; k += 2) {
-      const uint8_t *first = x.x + (int64_t)index[k] * ldx + b, *second = x.x + (int64_t)index[k + 1 < K ? k + 1 : k] * ldx + b;
-      store_pairs(words + (int64_t)(k / 2) * ldx + b, first, second);
+      const int8_t *first = x.x + (int64_t)index[k] * ldx + b, *second = k + 1 < K ? x.x + (int64_t)index[k + 1] * ldx + b : zero;
+      store_pairs(out.words + (int64_t)(k / 2) * ldx + b, first, second);
     }
     float least[16];
-    for (int v = 0; v < NV; ++v)
-      store(least + v * W, needed(scale, load(threshold + b + v * W), load(x.inverse + b + v * W), square_root(scale.rest * norm[v])));
-    for (int i = 0; i < 16; ++i) limit[b + i] = (int16_t)least[i];
+    for (int v = 0; v < NV; ++v) {
+      const vu start = start_of(figures[v], K);
+      std::memcpy(out.start + b + v * W, &start, sizeof start);
+      store(least + v * W, needed(broadcast(screen.scale[0][n]), broadcast(screen.scale[1][n]), broadcast(screen.scale[2][n]),
+                                  broadcast(screen.scale[3][n]), load(threshold + b + v * W), load(x.inverse + b + v * W),
+                                  norm_of(figures[v])));
+    }
+    for (int i = 0; i < 16; ++i) out.limit[b + i] = (int16_t)least[i];
   }
 }
 
-// How many rows may have one of their k best in group n; found [ldx] tells which. `scratch` holds (⌈K/2⌉ + 2) · ldx floats.
-int candidates(const Block& block, const Batch& x, const Rows8& rows8, int64_t n, const Best& best, float* scratch, uint8_t*& found) {
+// For several rows: how many may have one of their k best in group n; found [ldx] tells which. `scratch` holds (⌈K/2⌉ + 3) · ldx
+// floats.
+int candidate_rows(const Block& block, const Batch& x, const Rows8& rows8, int64_t n, const Best& best, float* scratch, uint8_t*& found) {
   const int G = block.group_size, pairs = (block.fan_in + 1) / 2, ldx = x.ldx;
-  uint32_t* words = (uint32_t*)scratch;
-  int16_t* limit = (int16_t*)(words + (int64_t)pairs * ldx);
-  found = (uint8_t*)(limit + ldx);
-  if (ldx == 1)
-    prepare_row(block, rows8, n, best.threshold[0], words, limit);
-  else
-    prepare_rows(block, rows8, n, ldx, best.threshold, words, limit);
+  uint32_t *words = (uint32_t*)scratch, *start = words + (int64_t)pairs * ldx;
+  const Inputs inputs{words, start, (int16_t*)(start + ldx)};
+  found = (uint8_t*)(inputs.limit + ldx);
+  prepare_rows(block, rows8, n, ldx, best.threshold, inputs);
   for (int b = 0; b < ldx; ++b) found[b] = 0;
-  const int8_t* q = block.screen.values + n * pairs * G * 2;
-  // Its walk is too short for the processor to see where it leads.
-  for (int i = 0; i < pairs * G * 2; i += 64) __builtin_prefetch(q + (int64_t)AHEAD * pairs * G * 2 + i);
+  const uint8_t* q = block.screen.values + n * pairs * G * 2;
+  prefetch(q, pairs * G * 2);
   __builtin_prefetch(block.indices + (n + AHEAD) * block.fan_in);
-  const int16_t* start = block.screen.start + n * G;
-  if (G % (2 * LANES) == 0)
-    screen_group<2>(q, start, pairs, G, words, x.rows, ldx, limit, found);
-  else
-    screen_group<1>(q, start, pairs, G, words, x.rows, ldx, limit, found);
+  screen_group(q, pairs, G, inputs, x.rows, ldx, found);
   int count = 0;
   for (int b = 0; b < x.rows; ++b) count += found[b];
   return count;

@@ -96,6 +96,18 @@ FANIN_INLINE vf load(const fp16* p) {
 #endif
 }
 
+FANIN_INLINE vf load(const int8_t* p) {
+#if defined(FANIN_AVX512)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(FANIN_AVX2)
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  vf v;
+  for (int i = 0; i < W; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
 // base[index[0]], …, base[index[W − 1]]
 FANIN_INLINE vf gather(const float* base, const uint16_t* index) {
 #if defined(FANIN_AVX512)
@@ -150,18 +162,19 @@ typedef int16_t vs __attribute__((vector_size(4 * W)));
 
 FANIN_INLINE vs broadcast(int16_t s) { return s - vs{}; }
 FANIN_INLINE vs load(const int16_t* p) { vs v; std::memcpy(&v, p, sizeof v); return v; }
+FANIN_INLINE vu load(const uint32_t* p) { vu v; std::memcpy(&v, p, sizeof v); return v; }
 
-// For each pair of bytes, x unsigned and w signed: x0 · w0 + x1 · w1.
-FANIN_INLINE vs pair_products(vu x, vs w) {
+// For each pair of bytes, w unsigned and x signed: w0 · x0 + w1 · x1.
+FANIN_INLINE vs pair_products(vs w, vu x) {
 #if defined(FANIN_AVX512)
-  return (vs)_mm512_maddubs_epi16((__m512i)x, (__m512i)w);
+  return (vs)_mm512_maddubs_epi16((__m512i)w, (__m512i)x);
 #else
-  return (vs)_mm256_maddubs_epi16((__m256i)x, (__m256i)w);
+  return (vs)_mm256_maddubs_epi16((__m256i)w, (__m256i)x);
 #endif
 }
 
 // For 16 rows each: both bytes, twice over.
-FANIN_INLINE void store_pairs(uint32_t* out, const uint8_t* first, const uint8_t* second) {
+FANIN_INLINE void store_pairs(uint32_t* out, const int8_t* first, const int8_t* second) {
   const __m128i a = _mm_loadu_si128((const __m128i*)first), b = _mm_loadu_si128((const __m128i*)second);
   const __m128i low = _mm_unpacklo_epi8(a, b), high = _mm_unpackhi_epi8(a, b);
   _mm_storeu_si128((__m128i*)out, _mm_unpacklo_epi16(low, low));
