@@ -27,7 +27,8 @@ def screen(head: Head) -> list[Screen | Sketch | None]:
 
     Shared blocks of a fan-in of at most 128, on a processor with AVX2 or AVX-512, have their weights in 8 bits: half of a bf16
     block's memory. Private blocks of a fan-in from 16 to 256 have their heaviest connections with weights in 8 bits, used for
-    up to 7 rows: a little more than half of a bf16 block's memory. It takes as long as reading the block a few times.
+    up to 7 rows: a little more than half of a bf16 block's memory. The first take as long as reading the block a few times, the
+    second, whose weights are compared with each other, about half a second for a million labels.
     """
     return [_compiled().screen(block) for block in head.blocks]
 
