@@ -6,7 +6,7 @@ import asyncio
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from models.encoder import Encoder, EncoderConfig
 from models.head import Block, Head
 from serve.engine import CpuEngine
 from serve.service import Service
+from serve.tokens import SHORT_CHARS, TextTokenizer, Tokens
 
 ROOT = Path(__file__).parents[2]
 LABELS = 500
@@ -106,15 +107,33 @@ sys.exit(main())
 """
 
 
+class PatientTokenizer(TextTokenizer):
+    """A tokenizer that takes a long text only when a gate is open."""
+
+    gate: threading.Event
+
+    def __call__(self, texts: Iterable[str]) -> list[Tokens]:
+        texts = list(texts)
+        if max(map(len, texts), default=0) > SHORT_CHARS:
+            assert self.gate.wait(30)
+        return super().__call__(texts)
+
+
 class TouchyEngine(CpuEngine):
-    """An engine that waits at a gate, and that some token counts make fail."""
+    """An engine that waits at a gate, as its tokenizers do at theirs, and that some token counts make fail."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(open_bundle(path, verify=False), threads=1)
-        self.gate, self.entered = threading.Event(), threading.Event()
+        self.gate, self.entered, self.long_texts = threading.Event(), threading.Event(), threading.Event()
         self.gate.set()
+        self.long_texts.set()
+        super().__init__(open_bundle(path, verify=False), threads=1)
         self.poison: dict[int, BaseException] = {}
         self.batches: list[int] = []
+
+    def new_tokenizer(self) -> PatientTokenizer:
+        tokenizer = PatientTokenizer(self.bundle.tokenizer_file, self.max_length)
+        tokenizer.gate = self.long_texts
+        return tokenizer
 
     def encode(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
         self.batches.append(len(sequences))
