@@ -24,10 +24,7 @@ from train.runs import Run
 from train.settings import SettingsError, resumed
 
 SPARSE = "--tiers dense:15%,64:85%"
-HEADS = {
-    "sparse": SPARSE,
-    "dense": "--connectivity dense --head-dtype fp32 --intermediate 0",
-}
+DENSE = "--connectivity dense --head-dtype fp32 --intermediate 0"
 ABLATIONS = {
     "sparse": SPARSE,
     "imprinted": f"{SPARSE} --head-init imprinted",
@@ -58,10 +55,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
     parser.add_argument("--only", nargs="+", help="names of the heads to train, of those of the table")
     parser.add_argument("--flags", default="", help="flags of python -m train for all runs, in one string")
+    parser.add_argument("--sparse", default=SPARSE, metavar="FLAGS", help=f"the sparse head to compare; default: {SPARSE}")
     parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results/accuracy.jsonl")
     args = parser.parse_args()
+    heads = {"sparse": args.sparse, "dense": DENSE} if args.what == "compare" else ABLATIONS
     rows = []
-    for name, flags in (HEADS if args.what == "compare" else ABLATIONS).items():
+    for name, flags in heads.items():
         if args.only and name not in args.only:
             continue
         for seed in args.seeds:

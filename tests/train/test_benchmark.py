@@ -10,11 +10,11 @@ from tests.train.tasks import SMALL
 
 def test_finished_runs_are_only_read(task, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    monkeypatch.setattr(accuracy, "HEADS", {"sparse": "--fan-in 8 --dense-labels 10%", "dense": "--connectivity dense"})
 
     def compare(*more):
         flags = f"{' '.join(SMALL)} --epochs 1"
-        words = ["compare", "--data", str(task), "--runs", str(tmp_path / "runs"), "--flags", flags, *more]
+        heads = ["--sparse", "--fan-in 8 --dense-labels 10% --intermediate 0"]
+        words = ["compare", "--data", str(task), "--runs", str(tmp_path / "runs"), *heads, "--flags", flags, *more]
         monkeypatch.setattr("sys.argv", ["accuracy", *words])
         accuracy.main()
         return {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
