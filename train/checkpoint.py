@@ -47,11 +47,11 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """All that a checkpoint holds. `optimizer` is the encoder's, None if it is frozen."""
+    """All that a checkpoint holds. `optimizers` are the encoder's, none if it is frozen."""
 
     encoder: Encoder
     training: HeadTraining
-    optimizer: torch.optim.Optimizer | None
+    optimizers: list[torch.optim.Optimizer]
     progress: Progress
 
 
@@ -120,7 +120,5 @@ def _tensors(state: State) -> dict[str, Tensor]:
     tensors = {_RNG: torch.get_rng_state()} | state.training.tensors()
     if state.encoder.device.type == "cuda":
         tensors[_DEVICE_RNG] = random_state(state.encoder.device)
-    if state.optimizer is not None:
-        memory = state_tensors(state.optimizer, state.encoder)
-        tensors |= {f"encoder.{name}": tensor for name, tensor in memory.items()}
-    return tensors
+    memory = state_tensors(state.optimizers, state.encoder)
+    return tensors | {f"encoder.{name}": tensor for name, tensor in memory.items()}

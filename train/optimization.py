@@ -6,45 +6,66 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from optimi import AdamW as KahanAdamW
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from models.bag_of_words import BagOfWords
 from models.encoder import Encoder
 from train.inputs import INTERMEDIATE
+from train.row_adam import RowAdam
 from train.settings import Settings, SettingsError
 
 _NUMBERED = re.compile(r"(.*?)\.(\d+)\.")  # "encoder.layer.3.output.dense.weight": the first number is the layer's
 
 
-def adamw(encoder: Encoder, settings: Settings) -> torch.optim.Optimizer | None:
-    """AdamW over what is trained of the encoder; None when that is nothing. Only matrices are decayed.
+def optimizers(encoder: Encoder, settings: Settings) -> list[torch.optim.Optimizer]:
+    """AdamW over what is trained of the encoder, RowAdam over a bag of words' vectors; none when all is frozen.
 
-    The rest gets no gradient. Each group's "peak_lr" is its learning rate at the top of the schedule. With bf16 weights, what
-    rounding takes from each step is kept and added to the next (Kahan summation; Zamirai et al. 2020, "Revisiting BFloat16
-    Training"). SettingsError when layers are to differ and cannot be told apart.
+    The rest gets no gradient. AdamW decays only matrices. A group's "peak_lr" is its learning rate at the top of the schedule.
+    SettingsError when layers are to differ and cannot be told apart.
     """
     names = [name for name, _ in encoder.named_parameters() if not name.startswith(INTERMEDIATE)]
     below = layers_below_top(names) if settings.layer_decay < 1 else dict.fromkeys(names, 0)
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    words = encoder.transformer.words if isinstance(encoder.transformer, BagOfWords) else None
+    made: list[torch.optim.Optimizer] = []
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in encoder.named_parameters():
         fresh = name.startswith(INTERMEDIATE)
         parameter.requires_grad_(fresh or not settings.freeze_encoder)
-        if parameter.requires_grad:
-            peak_lr = settings.intermediate_lr if fresh else settings.encoder_lr * settings.layer_decay ** below[name]
+        if not parameter.requires_grad:
+            continue
+        peak_lr = settings.intermediate_lr if fresh else settings.encoder_lr * settings.layer_decay ** below[name]
+        if words is not None and parameter is words.weight and parameter.dtype == torch.float32:
+            made.append(_row_adam(words, peak_lr))
+        else:
             groups.setdefault((peak_lr, settings.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
-    if not groups:
-        return None
+    return [*made, _adamw(groups, kahan=settings.encoder_dtype == "bf16")] if groups else made
+
+
+def _row_adam(words: nn.Embedding, peak_lr: float) -> torch.optim.Optimizer:
+    """RowAdam over word vectors, whose gradients are sparse from now on: AdamW would take half of a step for them."""
+    words.sparse = True
+    torch.sparse.check_sparse_tensor_invariants.disable()  # as by default, but torch warns unless it is said
+    return RowAdam([{"params": [words.weight], "peak_lr": peak_lr}])
+
+
+def _adamw(groups: dict[tuple[float, float], list[nn.Parameter]], *, kahan: bool) -> torch.optim.Optimizer:
+    """AdamW over parameters by (peak learning rate, weight decay).
+
+    With bf16 weights, what rounding takes from each step is kept and added to the next (Kahan summation; Zamirai et al. 2020,
+    "Revisiting BFloat16 Training").
+    """
     listed = [
         {"params": parameters, "peak_lr": peak_lr, "weight_decay": weight_decay}
         for (peak_lr, weight_decay), parameters in groups.items()
     ]
     optimizer = (
         # bf16 moments: with the usual 0.999 the second one would never fall, as a thousandth less is rounded away.
-        KahanAdamW(listed, lr=0.0, betas=(0.9, 0.99), eps=1e-8)
-        if settings.encoder_dtype == "bf16"
-        else torch.optim.AdamW(listed, lr=0.0, fused=True)
+        KahanAdamW(listed, lr=0.0, betas=(0.9, 0.99), eps=1e-8) if kahan else torch.optim.AdamW(listed, lr=0.0, fused=True)
     )
     _allocate_state(optimizer)
     return optimizer
@@ -71,12 +92,12 @@ def layers_below_top(names: Sequence[str]) -> dict[str, int]:
     return below
 
 
-def state_tensors(optimizer: torch.optim.Optimizer, encoder: Encoder) -> dict[str, Tensor]:
-    """The optimizer's own memory, "<parameter>.<key>" and "group<n>.<key>"."""
-    owners = {
-        name: optimizer.state[parameter] for name, parameter in encoder.named_parameters() if parameter in optimizer.state
-    }
-    owners |= {f"group{n}": group for n, group in enumerate(optimizer.param_groups)}
+def state_tensors(optimizers: Sequence[torch.optim.Optimizer], encoder: Encoder) -> dict[str, Tensor]:
+    """The optimizers' own memory, "<parameter>.<key>" and "group<n>.<key>"."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    owners: dict[str, dict[str, Any]] = {f"group{n}": group for n, group in enumerate(groups)}
+    for optimizer in optimizers:
+        owners |= {name: optimizer.state[each] for name, each in encoder.named_parameters() if each in optimizer.state}
     return {
         f"{owner}.{key}": value for owner, facts in owners.items() for key, value in facts.items() if isinstance(value, Tensor)
     }
@@ -98,18 +119,31 @@ def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
                 value.zero_()
 
 
-def clip(optimizer: torch.optim.Optimizer, clip_norm: float) -> Tensor:
+def clip(optimizers: Sequence[torch.optim.Optimizer], clip_norm: float) -> Tensor:
     """Scales the gradients down to `clip_norm` (0: leaves them); returns their norm, which tells whether all are finite."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
+    trained = [each for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]]
+    dense, sparse = [], []
+    for parameter in trained:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+            sparse.append(parameter.grad.values())
+        else:
+            dense.append(parameter)
+    norm = get_total_norm([*sparse, *(each.grad for each in dense if each.grad is not None)])
+    max_norm = clip_norm or math.inf
+    clip_grads_with_norm_(dense, max_norm, norm)
+    for values in sparse:
+        values.mul_((max_norm / (norm + 1e-6)).clamp(max=1))
+    return norm
 
 
-def step(optimizer: torch.optim.Optimizer, scale: float) -> None:
+def step(optimizers: Sequence[torch.optim.Optimizer], scale: float) -> None:
     """One step at `scale` times the peak learning rates. The gradients are used up."""
-    for group in optimizer.param_groups:
-        group["lr"] = scale * group["peak_lr"]
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = scale * group["peak_lr"]
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def schedule(step: int, steps: int, warmup: float, kind: str) -> float:

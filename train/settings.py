@@ -230,7 +230,7 @@ class Settings:
         "linear", "how all learning rates decay to zero after warm-up", choices=("linear", "cosine")
     )
     warmup: float = _learning(0.05, "share of the steps in which learning rates rise from zero", _share, unit="SHARE")
-    weight_decay: float = _learning(0.01, "AdamW weight decay of the encoder's matrices", _amount, unit="DECAY")
+    weight_decay: float = _learning(0.01, "AdamW weight decay of the encoder's matrices, not of a bag's", _amount, unit="DECAY")
     clip_norm: float = _learning(1.0, "largest norm of the encoder's gradient, 0 for no limit", _amount, unit="NORM")
     seed: int = _learning(0, "seed of all random numbers; a run repeats for the same seed and number of threads", _whole)
 

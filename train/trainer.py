@@ -63,7 +63,7 @@ class Trainer:
         self._log = log
         self._stages = stages
         self._steps = settings.steps(len(inputs.split))
-        self._state = State(encoder, training, optimization.adamw(encoder, settings), Progress())
+        self._state = State(encoder, training, optimization.optimizers(encoder, settings), Progress())
         self._losses = torch.zeros((), dtype=torch.float64, device=encoder.device)  # their sum since the last log line
         self._watch = Watch(lazy=encoder.device.type == "cuda")
         self._interrupt = Interrupt()
@@ -139,11 +139,11 @@ class Trainer:
         loss, grad_x = state.training.step(x, labels, progress.step, scale)
         self._watch.see("the loss", progress.step, loss)
         self._watch.see("the head's gradient", progress.step, grad_x)
-        if state.optimizer is not None:
+        if state.optimizers:
             self._encoding.backward(grad_x)
-            norm = optimization.clip(state.optimizer, settings.clip_norm)
+            norm = optimization.clip(state.optimizers, settings.clip_norm)
             self._watch.see("the encoder's gradient", progress.step, norm)
-            optimization.step(state.optimizer, scale)
+            optimization.step(state.optimizers, scale)
         self._losses += loss
         progress.step += 1
         progress.batch += 1

@@ -17,7 +17,7 @@ from models.encoder import Encoder, EncoderConfig
 from models.wordpiece import PAD_ID, learn_wordpiece
 from tests.train.tasks import QUICK, metrics, run
 from train.encoding import Encoding
-from train.optimization import adamw, clip, step
+from train.optimization import clip, optimizers, step
 from train.settings import Settings
 
 TEXTS = ["sort an array along an axis", "parse a date", "open a file for reading and writing", "eigenvalues of a matrix"] * 5
@@ -145,29 +145,29 @@ def test_checkpointing_and_micro_batches_hold_less_memory():
 def learn(encoder: Encoder, micro_batch: int) -> Tensor:
     """A few steps towards embeddings of ones, each on all texts; returns the random state after them."""
     encoding = Encoding(Texts(encoder), micro_batch, encoder.device)
-    optimizer = adamw(encoder, Settings(encoder_lr=1e-3))
+    made = optimizers(encoder, Settings(encoder_lr=1e-3))
     torch.manual_seed(7)
     order = np.random.default_rng(0)
     for _ in range(4):
         rows = order.permutation(len(TEXTS))[:18]
         encoding.backward(encoding.embed(rows) - 1)
-        assert clip(optimizer, 1.0).isfinite()
-        step(optimizer, 1.0)
+        assert clip(made, 1.0).isfinite()
+        step(made, 1.0)
     return torch.get_rng_state()
 
 
 def learn_with_all_graphs(encoder: Encoder, micro_batch: int) -> Tensor:
     """What `learn` does, but every micro-batch keeps its graph, so that nothing is computed twice."""
     inputs = Texts(encoder)
-    optimizer = adamw(encoder, Settings(encoder_lr=1e-3))
+    made = optimizers(encoder, Settings(encoder_lr=1e-3))
     torch.manual_seed(7)
     order = np.random.default_rng(0)
     for _ in range(4):
         rows = order.permutation(len(TEXTS))[:18]
         x = torch.cat([inputs.embed(rows[i : i + micro_batch]) for i in range(0, len(rows), micro_batch)])
         x.backward(x.detach() - 1)
-        assert clip(optimizer, 1.0).isfinite()
-        step(optimizer, 1.0)
+        assert clip(made, 1.0).isfinite()
+        step(made, 1.0)
     return torch.get_rng_state()
 
 

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from models.encoder import Encoder, EncoderConfig
-from train.optimization import adamw, clip, layers_below_top, schedule, state_tensors, step
+from train.optimization import clip, layers_below_top, optimizers, schedule, state_tensors, step
 from train.settings import Settings, SettingsError
 
 TEXTS = ["sort an array along an axis", "parse a date from a string", "open a file for reading"]
@@ -31,8 +32,12 @@ def small_encoder(layers: int = 2, intermediate: int = 8) -> Encoder:
     return Encoder.small(TEXTS, config, vocabulary=120, width=16, layers=layers, heads=2, seed=0)
 
 
-def peak_lrs(optimizer: torch.optim.Optimizer) -> dict[int, float]:
-    return {id(parameter): group["peak_lr"] for group in optimizer.param_groups for parameter in group["params"]}
+def groups(made: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    return [group for optimizer in made for group in optimizer.param_groups]
+
+
+def peak_lrs(made: list[torch.optim.Optimizer]) -> dict[int, float]:
+    return {id(parameter): group["peak_lr"] for group in groups(made) for parameter in group["params"]}
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
@@ -110,14 +115,14 @@ def test_layer_decay_needs_numbered_layers():
 
 def test_learning_rates_fall_from_layer_to_layer():
     encoder = small_encoder(layers=3)
-    optimizer = adamw(encoder, Settings(encoder_lr=1e-3, intermediate_lr=5e-3, layer_decay=0.5))
-    peaks = peak_lrs(optimizer)
+    made = optimizers(encoder, Settings(encoder_lr=1e-3, intermediate_lr=5e-3, layer_decay=0.5))
+    peaks = peak_lrs(made)
     named = {name: peaks[id(parameter)] for name, parameter in encoder.named_parameters()}
     layers = [f"transformer.encoder.layer.{i}.output.dense.weight" for i in range(3)]
     assert [named[name] for name in layers] == pytest.approx([2.5e-4, 5e-4, 1e-3])
     assert named["transformer.embeddings.word_embeddings.weight"] == pytest.approx(1.25e-4)
     assert named["intermediate.weight"] == 5e-3
-    assert set(peak_lrs(adamw(encoder, Settings(encoder_lr=1e-3, intermediate_lr=1e-3))).values()) == {1e-3}
+    assert set(peak_lrs(optimizers(encoder, Settings(encoder_lr=1e-3, intermediate_lr=1e-3))).values()) == {1e-3}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -125,11 +130,11 @@ def test_a_new_optimizer_has_changed_nothing(dtype):
     encoder = small_encoder()
     encoder.set_dtype(dtype)
     before = {name: parameter.clone() for name, parameter in encoder.named_parameters()}
-    optimizer = adamw(encoder, Settings(encoder_dtype=dtype, weight_decay=0.1))
+    made = optimizers(encoder, Settings(encoder_dtype=dtype, weight_decay=0.1))
     for name, parameter in encoder.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
-    tensors = state_tensors(optimizer, encoder)
+    tensors = state_tensors(made, encoder)
     assert all(not tensor.any() for tensor in tensors.values())
     assert {f"{name}.exp_avg_sq" for name in before} < tensors.keys()
 
@@ -138,21 +143,21 @@ def test_a_new_optimizer_has_changed_nothing(dtype):
 def test_gradients_are_clipped_and_what_is_not_finite_shows(dtype):
     encoder = small_encoder()
     encoder.set_dtype(dtype)
-    optimizer = adamw(encoder, Settings(encoder_dtype=dtype))
+    made = optimizers(encoder, Settings(encoder_dtype=dtype))
     parameters = list(encoder.parameters())
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 100.0)
     parameters[3].grad.view(-1)[0] = math.nan
     before = [parameter.clone() for parameter in parameters]
-    assert not clip(optimizer, 1.0).isfinite(), "what tells the trainer to stop"
+    assert not clip(made, 1.0).isfinite(), "what tells the trainer to stop"
 
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 100.0)
     grads = [parameter.grad for parameter in parameters]
-    assert clip(optimizer, 1.0).isfinite()
-    step(optimizer, 0.5)
+    assert clip(made, 1.0).isfinite()
+    step(made, 0.5)
     assert all(parameter.grad is None for parameter in parameters)
-    assert {group["lr"] for group in optimizer.param_groups} == {0.5 * Settings.encoder_lr, 0.5 * Settings.intermediate_lr}
+    assert {group["lr"] for group in groups(made)} == {0.5 * Settings.encoder_lr, 0.5 * Settings.intermediate_lr}
     moved = [
         name for (name, parameter), old in zip(encoder.named_parameters(), before, strict=True) if (parameter != old).any()
     ]
@@ -173,13 +178,13 @@ class Ones(nn.Module):
 def descend(dtype: torch.dtype, steps: int) -> nn.Parameter:
     model = Ones().to(dtype)
     settings = Settings(encoder_dtype="bf16" if dtype is torch.bfloat16 else "fp32", encoder_lr=1e-4, weight_decay=0.0)
-    optimizer = adamw(model, settings)
+    made = optimizers(model, settings)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         for parameter in model.parameters():
             parameter.grad = (1 + 0.1 * torch.randn(parameter.shape, generator=generator)).to(dtype)
-        assert clip(optimizer, 0.0).isfinite()
-        step(optimizer, 1.0)
+        assert clip(made, 0.0).isfinite()
+        step(made, 1.0)
     return model.transformer.weight
 
 
@@ -198,12 +203,74 @@ def test_small_steps_of_bf16_weights_add_up():
 
 def test_frozen_encoder_without_intermediate_layer_has_no_optimizer():
     encoder = small_encoder(intermediate=0)
-    assert adamw(encoder, Settings(freeze_encoder=True)) is None
+    assert optimizers(encoder, Settings(freeze_encoder=True)) == []
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
 def test_only_matrices_decay():
     encoder = small_encoder()
-    optimizer = adamw(encoder, Settings(weight_decay=0.1))
-    for group in optimizer.param_groups:
+    made = optimizers(encoder, Settings(weight_decay=0.1))
+    for group in groups(made):
         assert {parameter.ndim > 1 for parameter in group["params"]} == {group["weight_decay"] > 0}
+
+
+def bag_of_words() -> Encoder:
+    return small_encoder(layers=0)
+
+
+def test_word_vectors_of_a_bag_have_an_optimizer_whose_steps_touch_the_words_of_the_batch_alone():
+    """The intermediate layer behind them keeps AdamW; all gradients are clipped as one."""
+    encoder = bag_of_words()
+    made = optimizers(encoder, Settings(encoder_lr=1e-2, intermediate_lr=1e-3))
+    words = encoder.transformer.words.weight
+    before, peaks = words.detach().clone(), peak_lrs(made)
+    assert peaks[id(words)] == 1e-2
+    assert peaks[id(encoder.intermediate.weight)] == 1e-3
+    for scale in (1.0, 0.5):  # words of the first step do not move in the second
+        ids = torch.tensor(encoder.tokenize(TEXTS[:1] if scale == 1 else TEXTS[1:2]))
+        encoder(ids, torch.ones_like(ids)).square().sum().mul(1e3).backward()
+        whole = torch.cat(
+            [words.grad.to_dense().flatten(), *(each.grad.flatten() for each in encoder.intermediate.parameters())]
+        )
+        torch.testing.assert_close(clip(made, 1.0), whole.norm())
+        clipped = [words.grad.to_dense(), *(each.grad for each in encoder.intermediate.parameters())]
+        assert math.sqrt(sum(each.square().sum().item() for each in clipped)) == pytest.approx(1, rel=1e-3)
+        step(made, scale)
+        moved = (words != before).any(dim=1).nonzero().flatten()
+        assert set(moved.tolist()) == set(ids.flatten().tolist())
+        before = words.detach().clone()
+
+
+def test_word_vectors_that_are_not_finite_show():
+    encoder = bag_of_words()
+    made = optimizers(encoder, Settings())
+    encoder.transformer.words(torch.tensor([5])).sum().mul(math.nan).backward()
+    assert not clip(made, 1.0).isfinite()
+
+
+def test_the_state_of_both_optimizers_is_in_the_checkpoint():
+    encoder = bag_of_words()
+    names = state_tensors(optimizers(encoder, Settings()), encoder).keys()
+    assert {
+        "transformer.words.weight.exp_avg_sq",
+        "transformer.words.weight.seen",
+        "intermediate.weight.exp_avg",
+        "intermediate.bias.exp_avg_sq",
+    } < names
+
+
+def test_word_vectors_in_bf16_keep_the_optimizer_that_knows_it():
+    encoder = bag_of_words()
+    encoder.set_dtype("bf16")
+    (only,) = optimizers(encoder, Settings(encoder_dtype="bf16"))
+    ids = torch.tensor(encoder.tokenize(TEXTS[:1]))
+    encoder(ids, torch.ones_like(ids)).sum().backward()
+    before = encoder.transformer.words.weight.detach().clone()
+    clip([only], 0.0)
+    step([only], 1.0)
+    assert (encoder.transformer.words.weight != before).any()
+
+
+def test_layer_decay_and_a_bag_of_words_is_refused():
+    with pytest.raises(SettingsError, match="--layer-decay"):
+        optimizers(bag_of_words(), Settings(layer_decay=0.9))

@@ -30,10 +30,11 @@ STEPS_PER_EPOCH = 19
         ("--encoder-dtype", "bf16", "--gradient-checkpointing", "--layer-decay", "0.7"),
         ("--encoder-dtype", "bf16-mixed", "--micro-batch", "6", "--schedule", "cosine"),
         ("--encoder-dtype", "bf16", "--micro-batch", "6", "--freeze-encoder"),
+        ("--small-layers", "0", "--micro-batch", "6", "--head-init", "imprinted"),
     ],
     ids=[
         *("end to end", "private and dense", "frozen", "head alone", "rewired by gradient", "rewired below a threshold"),
-        *("bf16", "bf16 mixed", "frozen bf16"),
+        *("bf16", "bf16 mixed", "frozen bf16", "bag of words"),
     ],
 )
 def test_resuming_equals_not_stopping(task, tmp_path, flags):
