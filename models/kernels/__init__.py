@@ -25,10 +25,10 @@ __all__ = [
 def screen(head: Head) -> list[Screen | Sketch | None]:
     """For each block what makes `topk` faster, or None, for as long as the weights stay as they are.
 
-    Shared blocks of a fan-in of at most 128, on a processor with AVX2 or AVX-512, have their weights in 8 bits: half of a bf16
-    block's memory. Private blocks of a fan-in from 16 to 256 have their heaviest connections with weights in 8 bits, used for
-    up to 7 rows: a little more than half of a bf16 block's memory. The first take as long as reading the block a few times, the
-    second, whose weights are compared with each other, about half a second for a million labels.
+    Shared blocks of a fan-in of at most 128, on a processor with AVX2 or AVX-512, have their weights in 6 bits: three eighths
+    of a bf16 block's memory. Private blocks of a fan-in from 16 to 256 have their heaviest connections with weights in 8 bits,
+    used for up to 7 rows: a little more than half of a bf16 block's memory. The first take about a tenth of a second for a
+    million labels, the second, whose weights are compared with each other, about half a second.
     """
     return [_compiled().screen(block) for block in head.blocks]
 

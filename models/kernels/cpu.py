@@ -17,7 +17,7 @@ from models.kernels.screening import Screen, Sketch
 from models.kernels.step import Loss, Moments, Optimizer, Positives
 from models.kernels.subset import EVERY, Subset
 
-INTERFACE = 4  # of _cpu, as csrc/bindings.cpp has it
+INTERFACE = 5  # of _cpu, as csrc/bindings.cpp has it
 _BUILD = "run `make set-up`, or `pip install -e .`, in the project's folder"
 try:
     import models.kernels._cpu as _cpu  # compiled: it has no source to look at
@@ -63,7 +63,7 @@ def _native(block: Block, screen: Screen | Sketch | None = None) -> _cpu.Block:
     if isinstance(screen, Sketch):
         native.use_sketch(screen.values, screen.indices, screen.rest, screen.scale)
     elif screen is not None:
-        native.use_screen(screen.values, screen.scale)
+        native.use_screen(screen.coarse, screen.fine, screen.scale)
     return native
 
 
@@ -76,9 +76,11 @@ def screen(block: Block) -> Screen | Sketch | None:
         scale = np.empty((2, block.groups), dtype=np.float32)
         fits = _cpu.sketch(_native(block), values, indices, rest, scale)
         return Sketch(values, indices, rest, scale) if fits else None
-    values = np.empty((block.groups, (block.fan_in + 1) // 2, block.group_size, 2), dtype=np.uint8)
-    scale = np.empty((4, block.groups), dtype=np.float32)
-    return Screen(values, scale) if _cpu.screen(_native(block), values, scale) else None
+    eights = -(-block.fan_in // 8)
+    coarse = np.empty((block.groups, 2 * eights, block.group_size, 2), dtype=np.uint8)
+    fine = np.empty((block.groups, eights, block.group_size, 2), dtype=np.uint8)
+    scale = np.empty((6, block.groups), dtype=np.float32)
+    return Screen(coarse, fine, scale) if _cpu.screen(_native(block), coarse, fine, scale) else None
 
 
 def topk(

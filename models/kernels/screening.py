@@ -9,18 +9,21 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Screen:
-    """Of a shared block: its weights in 8 bits. What csrc/screen.h describes; K · G + 16 bytes a group.
+    """Of a shared block: its weights in 6 bits, the upper 4 and the lower 2 apart. What csrc/screen.h describes;
+    6 · ⌈K/8⌉ · G + 24 bytes a group.
 
-    values  uint8 [N, ⌈K/2⌉, G, 2]
-    scale   fp32 [4, N]
+    coarse  uint8 [N, 2 · ⌈K/8⌉, G, 2], the upper bits
+    fine    uint8 [N, ⌈K/8⌉, G, 2]
+    scale   fp32 [6, N]
     """
 
-    values: np.ndarray
+    coarse: np.ndarray
+    fine: np.ndarray
     scale: np.ndarray
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.scale.nbytes
+        return self.coarse.nbytes + self.fine.nbytes + self.scale.nbytes
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,10 +49,10 @@ static fanin::Block make_block(const std::string& connectivity, int width, const
   return block;
 }
 
-static fanin::Screen make_screen(ScreenValues values, Array<float, 4, -1> scale) {
-  const int64_t groups = (int64_t)scale.shape(1);
-  float* first = scale.data();
-  return {values.data(), {first, first + groups, first + 2 * groups, first + 3 * groups}};
+static fanin::Screen make_screen(ScreenValues coarse, ScreenValues fine, Array<float, 6, -1> scale) {
+  fanin::Screen screen{coarse.data(), fine.data(), {}};
+  for (int i = 0; i < 6; ++i) screen.scale[i] = scale.data() + i * (int64_t)scale.shape(1);
+  return screen;
 }
 
 static fanin::Sketch make_sketch(SketchValues values, SketchIndices indices, Array<uint16_t, -1, -1> rest, Array<float, 2, -1> scale) {
@@ -82,7 +82,7 @@ static void train_step(const fanin::Block& block, Array<const float, -1, -1> x, 
 
 NB_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of the head (C++); use them through models.kernels.";
-  m.attr("interface") = 4;  // models/kernels/cpu.py compares it; goes up with every change of a signature below
+  m.attr("interface") = 5;  // models/kernels/cpu.py compares it; goes up with every change of a signature below
   nb::class_<fanin::Block>(m, "Block").def(
       "__init__",
       [](fanin::Block* self, const std::string& connectivity, int width, const std::string& dtype, const nb::object& values,
@@ -92,14 +92,15 @@ NB_MODULE(_cpu, m) {
       "connectivity"_a, "width"_a, "dtype"_a, "values"_a, "bias"_a, "labels"_a, "indices"_a.none(),
       nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>(),
       "Pointers into a block's buffers, which it keeps alive.")
-      .def("use_screen", [](fanin::Block& self, ScreenValues values, Array<float, 4, -1> scale) { self.screen = make_screen(values, scale); },
-           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+      .def("use_screen", [](fanin::Block& self, ScreenValues coarse, ScreenValues fine, Array<float, 6, -1> scale) {
+        self.screen = make_screen(coarse, fine, scale);
+      }, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
       .def("use_sketch", [](fanin::Block& self, SketchValues values, SketchIndices indices, Array<uint16_t, -1, -1> rest, Array<float, 2, -1> scale) {
         self.sketch = make_sketch(values, indices, rest, scale);
       }, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>());
-  m.def("screen", [](const fanin::Block& block, ScreenValues values, Array<float, 4, -1> scale) {
+  m.def("screen", [](const fanin::Block& block, ScreenValues coarse, ScreenValues fine, Array<float, 6, -1> scale) {
     nb::gil_scoped_release release;
-    return fanin::screen(block, make_screen(values, scale));
+    return fanin::screen(block, make_screen(coarse, fine, scale));
   });
   m.def("sketch", [](const fanin::Block& block, SketchValues values, SketchIndices indices, Array<uint16_t, -1, -1> rest, Array<float, 2, -1> scale) {
     nb::gil_scoped_release release;

@@ -49,9 +49,9 @@ void topk_row(const Block& block, const Batch& x, const Rows8& rows8, int64_t be
       while (open < n) open = next_group(*gate, 1, open + 1, end, G);
       if ((n = open) == end) break;
     }
-    const int64_t most = gate && !gate->excluding ? 1 : TOGETHER;  // few labels allowed leave most groups unread
-    const int count = (int)(most < end - n ? most : end - n);
-    uint32_t found = candidate_groups(block, rows8, n, count, best.threshold[0], scratch + G);
+    const bool single = (gate && !gate->excluding) || end - n < TOGETHER;  // few labels allowed leave most groups unread
+    uint32_t found = single ? candidate_groups<1>(block, rows8, n, best.threshold[0], scratch + G)
+                            : candidate_groups<TOGETHER>(block, rows8, n, best.threshold[0], scratch + G);
     for (; found; found &= found - 1) {
       const int64_t at = n + __builtin_ctz(found);
       while (gate && open < at) open = next_group(*gate, 1, open + 1, end, G);
@@ -60,7 +60,7 @@ void topk_row(const Block& block, const Batch& x, const Rows8& rows8, int64_t be
       forward_rows(block, group.values, group.index, x, group.bias, scratch);
       select_rows(scratch, 1, G, group.labels, gate ? gate->open : nullptr, best);
     }
-    n += count;
+    n += single ? 1 : TOGETHER;
   }
 }
 #endif
@@ -80,7 +80,7 @@ void topk(const Block& block, const Batch& x, [[maybe_unused]] const Rows8* rows
     if (gate && (n = next_group(*gate, x.rows, n, end, G)) == end) break;
     const Group<T> group(block, n);
     if (rows8 || norms) {
-      uint8_t* found = (uint8_t*)limit;
+      uint8_t found[TOPK_ROWS];
       int count;
 #if defined(FANIN_SCREENS)
       if (rows8)

@@ -10,14 +10,17 @@ enum class DType { fp32, fp16, bf16 };
 enum class Loss { bce, squared_hinge };
 enum class Update { sgd, momentum, adam };
 
-// A shared block's weights in 8 bits, see screen.h.
+// A shared block's weights in 4 + 2 bits, see screen.h. Pairs of inputs lie side by side, so a byte has numbers of inputs k, k + 2, …,
+// the first in its low bits.
 struct Screen {
-  uint8_t* values;  // [N, ⌈K/2⌉, G, 2], q + 64: pairs of inputs side by side; null where a block has none
-  float* scale[4];  // [N] each: 1 / unit of the group's weights; its greatest bias; what sums may be short of, whatever the row;
-                    // and what besides for each unit of ‖u‖, the greatest ‖e‖
+  uint8_t* coarse;  // [N, 2 · ⌈K/8⌉, G, 2]; null where a block has none
+  uint8_t* fine;    // [N, ⌈K/8⌉, G, 2]
+  float* scale[6];  // [N] each: 1 / unit of the group's weights; its greatest bias; for the first look and for the second, what sums
+                    // may be short of, whatever the row, and what besides for each unit of ‖u‖, the greatest ‖e‖
 };
 
 constexpr float LARGEST_SCREENED = 1e18f, SMALLEST_UNIT = 1e-30f;
+constexpr int TOPK_ROWS = 48;  // at most in a call of topk; larger batches stream the weights again
 constexpr int MAX_SCREENED_FAN_IN = 128;  // units are too coarse beyond
 
 // The heaviest connections of a private block's labels, see sketch.h.
@@ -55,8 +58,7 @@ struct Batch {
 // The rows of a batch in 8 bits, for a block with a screen.
 struct Rows8 {
   const int8_t* x;          // [D, ldx], u
-  const uint64_t* spread;   // [D], a single row's, in bytes 3 and 5 of 8
-  const uint32_t* figures;  // [D, ldx], u² · 2¹⁰ + u + 128: sums of MAX_SCREENED_FAN_IN fit
+  const uint64_t* figures;  // [D], a single row's: u² in bytes 0 and 1, u in 3 and in 5, in 7 whether it is below zero
   const float* inverse;     // [ldx], 1 / unit
 };
 
@@ -127,7 +129,7 @@ constexpr int PRIVATE_BATCH = 8;
 inline int64_t scratch_floats(const Block& block, int ldx) {
   const int64_t tile = (int64_t)block.group_size * ldx;
   const int64_t weights = block.connectivity == Connectivity::private_ ? (int64_t)2 * block.fan_in * block.group_size : 0;
-  const int64_t screen = block.screen.values ? (int64_t)(block.fan_in / 2 + 4) * ldx : 0;
+  const int64_t screen = block.screen.coarse ? (int64_t)(block.fan_in / 8 + 1) * (4 * ldx + 2 * block.group_size) + 4 * ldx : 0;
   return 3 * tile + weights + screen + 32 * (int64_t)block.group_size + ldx;
 }
 

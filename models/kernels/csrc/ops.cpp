@@ -15,7 +15,6 @@
 namespace fanin {
 namespace {
 
-constexpr int TOPK_ROWS = 48;      // rows scored while a group's weights are in cache; larger batches stream the weights again
 constexpr int CHUNKS = 16;         // top-k work items per thread, so that a slow core holds nobody up
 constexpr int64_t MIN_GROUPS = 8;  // fewer are not worth another thread
 
@@ -83,7 +82,7 @@ void reduce_transposed(const std::vector<Floats>& parts, int rows, int width, in
 class Bytes {
  public:
   Bytes(const std::vector<Block>& blocks, const Batch& batch) {
-    if (std::none_of(blocks.begin(), blocks.end(), [](const Block& block) { return block.screen.values; })) return;
+    if (std::none_of(blocks.begin(), blocks.end(), [](const Block& block) { return block.screen.coarse; })) return;
     const int width = blocks.front().width, rows = batch.rows, ldx = batch.ldx;
     for (int b = 0; b < rows; ++b) {
       float most = 0;
@@ -91,23 +90,21 @@ class Bytes {
       if (!(most < LARGEST_SCREENED)) return;
       inverse_.push_back(1 / std::max(most / 127, SMALLEST_UNIT));
     }
-    x_.resize((size_t)width * ldx), figures_.resize((size_t)width * ldx);
+    x_.resize((size_t)width * ldx);
     for (int b = 0; b < rows; ++b)
-      for (int d = 0; d < width; ++d) {
-        const int u = (int)std::lrint(batch.x[(int64_t)b * width + d] * inverse_[b]);
-        x_[(size_t)d * ldx + b] = (int8_t)u, figures_[(size_t)d * ldx + b] = (uint32_t)(u * u * 1024 + u + 128);
-      }
+      for (int d = 0; d < width; ++d)
+        x_[(size_t)d * ldx + b] = (int8_t)std::lrint(batch.x[(int64_t)b * width + d] * inverse_[b]);
     if (ldx == 1)
-      for (const int8_t u : x_) spread_.push_back((uint64_t)(uint8_t)u << 24 | (uint64_t)(uint8_t)u << 40);
+      for (const int8_t u : x_)
+        figures_.push_back((uint64_t)(u < 0) << 56 | (uint64_t)(uint8_t)u << 40 | (uint64_t)(uint8_t)u << 24 | (uint64_t)(u * u));
     inverse_.resize(ldx, 1.0f);
-    rows_ = {x_.data(), spread_.data(), figures_.data(), inverse_.data()};
+    rows_ = {x_.data(), figures_.data(), inverse_.data()};
   }
-  const Rows8* of(const Block& block) const { return rows_.x && block.screen.values ? &rows_ : nullptr; }
+  const Rows8* of(const Block& block) const { return rows_.x && block.screen.coarse ? &rows_ : nullptr; }
 
  private:
   std::vector<int8_t> x_;
-  std::vector<uint64_t> spread_;
-  std::vector<uint32_t> figures_;
+  std::vector<uint64_t> figures_;
   std::vector<float> inverse_;
   Rows8 rows_{};
 };
@@ -234,7 +231,7 @@ bool screen(const Block& block, const Screen& out) {
   if (!kernels().screen || block.connectivity != Connectivity::shared || block.fan_in > MAX_SCREENED_FAN_IN) return false;
   std::atomic<bool> fits{true};
   by_slice(block.groups, workers_for(block.groups), [&](int, int64_t begin, int64_t end) {
-    Floats scratch((int64_t)(block.fan_in + 2) * block.group_size);
+    Floats scratch((int64_t)(block.fan_in + 4) * block.group_size);
     if (!kernels().screen(block, begin, end, out, scratch.get())) fits = false;
   });
   return fits;

@@ -1,10 +1,13 @@
-// A first look at a group in 8 bits, which tells the rows that cannot have one of their k best in it: most of them, so that few
-// scores are computed from the weights themselves. The idea is the VA-file's (Weber, Schek & Blott 1998): approximations with
-// bounds of their error, so that nothing is missed.
+// A first look at a group in 4 bits and, where it leaves a chance, a second one in 6 tell the rows that cannot have one of their k
+// best in it: most of them, so that few scores are computed from the weights themselves. The idea is the VA-file's (Weber, Schek &
+// Blott 1998): approximations with bounds of their error, so that nothing is missed. A single row waits for memory, and hardly ever
+// reads more than the 4 bits.
 //
-// In units of a group, weights are q + e with whole |q| ≤ 64 and |e| ≤ 1/2; in units of a row, inputs are u + d with |u| ≤ 127 and
-// |d| ≤ 1/2. A score is Σ q·u and at most Σ|q| / 2 + ‖e‖·‖u + d‖ besides, where ‖u + d‖ ≤ ‖u‖ + √K / 2. The sums fit into 16 bits,
-// as Σ|q| ≤ 257; on the way they may leave these bits and come back. Stored are q + 64 ≥ 0, so sums start at −64 · Σ u.
+// In units of a group, weights lie within ±8; in units of a row, inputs are u + d with |u| ≤ 127 and |d| ≤ 1/2. A number of 6 bits,
+// 4 · c + f, says in which of 64 equal parts a weight lies, c alone in which of 16. With q the middle of that part, the weight is
+// q + e, and a score is Σ q·u and at most Σ|q| / 2 + ‖e‖·‖u + d‖ besides, where ‖u + d‖ ≤ ‖u‖ + √K / 2. The first look's Σ q·u is
+// Σ c·u − 7.5 · Σ u, the second's is that and (Σ f·u − 1.5 · Σ u) / 4. Both fit into 16 bits, as units are chosen such that
+// Σ|q| ≤ 257; on the way they may leave these bits and come back.
 #pragma once
 #include "kernels.h"
 #include "simd.h"
@@ -20,11 +23,15 @@ constexpr int LANES = 2 * W;  // of 16 bits
 constexpr int AHEAD = 6;      // groups fetched before they are looked at
 constexpr int TOGETHER = 4;   // groups of one row looked at together; more would let memory wait in between
 
-// Fills in groups [begin, end); false when numbers are too large for it. `scratch` [K + 2, G].
+int eights(const Block& block) { return (block.fan_in + 7) / 8; }
+int64_t fine_bytes(const Block& block) { return (int64_t)eights(block) * block.group_size * 2; }
+int64_t coarse_bytes(const Block& block) { return 2 * fine_bytes(block); }
+
+// Fills in groups [begin, end); false when numbers are too large for it. `scratch` [K + 4, G].
 template <class T>
 bool make_screen(const Block& block, int64_t begin, int64_t end, const Screen& out, float* scratch) {
-  const int K = block.fan_in, G = block.group_size, pairs = (K + 1) / 2;
-  float *wf = scratch, *size = wf + (int64_t)K * G, *rest = size + G;
+  const int K = block.fan_in, G = block.group_size;
+  float *wf = scratch, *size = wf + (int64_t)K * G, *rest = size + 2 * G;
   for (int64_t n = begin; n < end; ++n) {
     const T* w = (const T*)block.values + n * K * G;
     float most = 0, largest = 0;
@@ -43,88 +50,37 @@ bool make_screen(const Block& block, int64_t begin, int64_t end, const Screen& o
       if (!(size[g] < LARGEST_SCREENED && __builtin_fabsf(b) < LARGEST_SCREENED)) return false;
       if (block.labels[n * G + g] >= 0 && b > bias) bias = b;
     }
-    const float wanted = most / 64 > largest / (257 - pairs) ? most / 64 : largest / (257 - pairs);
+    const float room = 257 - K / 2.0f, wanted = most / 7.99f > largest / room ? most / 7.99f : largest / room;
     const float inverse = 1 / (wanted > SMALLEST_UNIT ? wanted : SMALLEST_UNIT);
-    for (int g = 0; g < G; ++g) size[g] = rest[g] = 0;
-    uint8_t* q = out.values + n * pairs * G * 2;
-    for (int k = 0; k < 2 * pairs; ++k)
+    for (int g = 0; g < 2 * G; ++g) size[g] = rest[g] = 0;
+    uint8_t *coarse = out.coarse + n * coarse_bytes(block), *fine = out.fine + n * fine_bytes(block);
+    std::memset(coarse, 0, coarse_bytes(block)), std::memset(fine, 0, fine_bytes(block));
+    for (int k = 0; k < K; ++k)
       for (int g = 0; g < G; ++g) {
-        const float exact = k < K ? wf[(int64_t)k * G + g] * inverse : 0, whole = __builtin_rintf(exact);
-        q[((int64_t)(k / 2) * G + g) * 2 + k % 2] = (uint8_t)(whole + 64);
-        size[g] += __builtin_fabsf(whole);
-        rest[g] += (exact - whole) * (exact - whole);
+        const float exact = wf[(int64_t)k * G + g] * inverse;
+        const int part = (int)__builtin_floorf(exact * 4) + 32;
+        coarse[((int64_t)(k / 4) * G + g) * 2 + k % 2] |= (uint8_t)(part / 4 << k / 2 % 2 * 4);
+        fine[((int64_t)(k / 8) * G + g) * 2 + k % 2] |= (uint8_t)(part % 4 << k / 2 % 4 * 2);
+        const float middle[] = {part / 4 - 7.5f, (part + 0.5f) / 4 - 8};
+        for (int look = 0; look < 2; ++look) {
+          size[look * G + g] += __builtin_fabsf(middle[look]);
+          rest[look * G + g] += (exact - middle[look]) * (exact - middle[look]);
+        }
       }
-    float size_most = 0, rest_most = 0;
-    for (int g = 0; g < G; ++g) {
-      size_most = size[g] > size_most ? size[g] : size_most;
-      rest_most = rest[g] > rest_most ? rest[g] : rest_most;
-    }
-    const float root = __builtin_sqrtf(rest_most) * 1.001f;
-    // Two units: for rounding sums, in 8 bits and in the score, and for rounding the limit down.
     out.scale[0][n] = inverse, out.scale[1][n] = bias + __builtin_fabsf(bias) * 0x1p-20f;
-    out.scale[2][n] = (size_most / 2 + root * __builtin_sqrtf((float)K) / 2) * 1.001f + 2, out.scale[3][n] = root;
+    for (int look = 0; look < 2; ++look) {
+      float size_most = 0, rest_most = 0;
+      for (int g = look * G; g < (look + 1) * G; ++g) {
+        size_most = size[g] > size_most ? size[g] : size_most;
+        rest_most = rest[g] > rest_most ? rest[g] : rest_most;
+      }
+      const float root = __builtin_sqrtf(rest_most) * 1.001f;
+      // Some units more: for rounding sums, in 16 bits and in the score, and for rounding the limit down.
+      out.scale[2 + 2 * look][n] = (size_most / 2 + root * __builtin_sqrtf((float)K) / 2) * 1.001f + 4;
+      out.scale[3 + 2 * look][n] = root;
+    }
   }
   return true;
-}
-
-// What the products want of each row.
-struct Inputs {
-  uint32_t* words;  // [⌈K/2⌉, ldx], u of a pair of inputs, twice over
-  uint32_t* start;  // [ldx], −64 · Σ u in 16 bits, twice over
-  int16_t* limit;   // [ldx], what a sum must exceed
-};
-
-// Whether NV vectors of labels have a sum above the limit, for BT rows.
-template <int NV, int BT>
-FANIN_INLINE void screen_tile(const uint8_t* q, int pairs, int G, Inputs x, int row, int ldx, uint8_t* found) {
-  vs sum[BT][NV];
-  for (int b = 0; b < BT; ++b)
-    for (int v = 0; v < NV; ++v) sum[b][v] = (vs)broadcast(x.start[row + b]);
-  for (int j = 0; j < pairs; ++j) {
-    vs w[NV];
-    for (int v = 0; v < NV; ++v) w[v] = load((const int16_t*)(q + (int64_t)j * G * 2) + v * LANES);
-    for (int b = 0; b < BT; ++b) {
-      const vu both = broadcast(x.words[(int64_t)j * ldx + row + b]);
-      for (int v = 0; v < NV; ++v) sum[b][v] += pair_products(w[v], both);
-    }
-  }
-  for (int b = 0; b < BT; ++b) {
-    vs above = sum[b][0] > broadcast(x.limit[row + b]);
-    for (int v = 1; v < NV; ++v) above |= sum[b][v] > broadcast(x.limit[row + b]);
-    found[row + b] |= any(above);
-  }
-}
-
-template <int NV, int BT>
-FANIN_INLINE void screen_rows(int rows, const uint8_t* q, int pairs, int G, Inputs x, int row, int ldx, uint8_t* found) {
-  if constexpr (BT > 0) {
-    if (rows == BT)
-      screen_tile<NV, BT>(q, pairs, G, x, row, ldx, found);
-    else
-      screen_rows<NV, BT - 1>(rows, q, pairs, G, x, row, ldx, found);
-  }
-}
-
-template <int NV>
-FANIN_INLINE void screen_tiles(const uint8_t* q, int pairs, int G, Inputs x, int rows, int ldx, uint8_t* found) {
-  const int tiles = (rows + ROWS_PER_TILE - 1) / ROWS_PER_TILE;
-  for (int t = 0; t < tiles; ++t) {
-    const int row = rows * t / tiles, height = rows * (t + 1) / tiles - row;
-    for (int g = 0; g < G; g += NV * LANES) screen_rows<NV, ROWS_PER_TILE>(height, q + 2 * g, pairs, G, x, row, ldx, found);
-  }
-}
-
-// Sets found [rows] where a row has a sum above its limit.
-FANIN_INLINE void screen_group(const uint8_t* q, int pairs, int G, Inputs x, int rows, int ldx, uint8_t* found) {
-  if (G % (2 * LANES) == 0)
-    screen_tiles<2>(q, pairs, G, x, rows, ldx, found);
-  else
-    screen_tiles<1>(q, pairs, G, x, rows, ldx, found);
-}
-
-// A group's walk is too short for the processor to see where it leads.
-FANIN_INLINE void prefetch(const uint8_t* q, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(q + AHEAD * bytes + i);
 }
 
 // What sums of group n must exceed: a score above the threshold, less what the sum may be short of, less the rounding of scores in
@@ -136,99 +92,236 @@ FANIN_INLINE vf needed(vf inverse, vf bias, vf margin, vf rest, vf threshold, vf
   return above < 32767.0f ? above : vf{} + 32767.0f;
 }
 
-// From the sum of K of Rows8's figures: the norm ‖u‖, or a little more.
-FANIN_INLINE vf norm_of(vu figures) { return square_root(__builtin_convertvector((vi)(figures >> 10), vf)); }
+// The low 16 bits, twice over.
+FANIN_INLINE vu twice(vi a) { return (vu)((a & 0xFFFF) | a << 16); }
 
-// And the start of sums, twice over: −64 · Σ u modulo 2¹⁶.
-FANIN_INLINE vu start_of(vu figures, int K) { return ((128u * K - figures) * 64 & 0xFFFF) * 0x10001; }
+FANIN_INLINE vf norm_of(vi squares) { return square_root(__builtin_convertvector(squares, vf)); }
 
-// The inputs of group n in one row, in pairs as the products want them. Returns the sum of their figures.
-FANIN_INLINE uint32_t prepare_row(const Block& block, const Rows8& x, int64_t n, uint32_t* words) {
-  const int K = block.fan_in;
+// One row's inputs to a group, and what its scores must exceed.
+struct Inputs {
+  const uint32_t* words;  // [4 · ⌈K/8⌉] at a distance of `step`: u of a pair of inputs, twice over; zero beyond the last
+  int step;
+  int total;      // Σ u
+  float norm;     // ‖u‖
+  float inverse;  // 1 / unit
+  float threshold;
+};
+
+// Whether a row's second look finds a sum above its limit, in NV vectors of labels from g on; `sum` is the first look's.
+template <int NV>
+[[gnu::noinline]] bool passes_again(const Block& block, int64_t n, int g, const Inputs& x, const vs* sum) {
+  const int16_t* fine = (const int16_t*)(block.screen.fine + n * fine_bytes(block)) + g;
+  const auto scale = [&](int i) { return broadcast(block.screen.scale[i][n]); };
+  vs quarters[NV];
+  for (int v = 0; v < NV; ++v) quarters[v] = broadcast((int16_t)(-3 * x.total >> 1));
+  for (int i = 0; i < eights(block); ++i, fine += block.group_size)
+    for (int j = 0; j < 4; ++j) {
+      const vu both = broadcast(x.words[(4 * i + j) * x.step]);
+      for (int v = 0; v < NV; ++v) quarters[v] += pair_products(load(fine + v * LANES) >> (2 * j) & 0x0303, both);
+    }
+  const vf least = needed(scale(0), scale(1), scale(4), scale(5), broadcast(x.threshold), broadcast(x.inverse), broadcast(x.norm));
+  const vs limit = broadcast((int16_t)least[0]);
+  vs above{};
+  for (int v = 0; v < NV; ++v) above |= sum[v] + (quarters[v] >> 2) > limit;
+  return any(above);
+}
+
+// Whether a row may have one of its k best in group n; `limit` is what the first look's sums must exceed.
+template <int NV>
+FANIN_INLINE bool passes(const Block& block, int64_t n, const Inputs& x, int16_t limit) {
+  for (int g = 0; g < block.group_size; g += NV * LANES) {
+    const int16_t* coarse = (const int16_t*)(block.screen.coarse + n * coarse_bytes(block)) + g;
+    vs sum[NV], above{};
+    for (int v = 0; v < NV; ++v) sum[v] = broadcast((int16_t)(-15 * x.total >> 1));
+    for (int i = 0; i < 2 * eights(block); ++i, coarse += block.group_size)
+      for (int j = 0; j < 2; ++j) {
+        const vu both = broadcast(x.words[(2 * i + j) * x.step]);
+        for (int v = 0; v < NV; ++v) sum[v] += pair_products(load(coarse + v * LANES) >> (4 * j) & 0x0F0F, both);
+      }
+    for (int v = 0; v < NV; ++v) above |= sum[v] > broadcast(limit);
+    if (any(above) && passes_again<NV>(block, n, g, x, sum)) return true;
+  }
+  return false;
+}
+
+// A group's walk is too short for the processor to see where it leads.
+FANIN_INLINE void prefetch(const uint8_t* values, int64_t n, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(values + (n + AHEAD) * bytes + i);
+}
+
+// The inputs of group n in a single row. Returns the sum of their figures.
+FANIN_INLINE uint64_t prepare_row(const Block& block, const Rows8& x, int64_t n, uint32_t* words) {
+  const int64_t K = block.fan_in;
   const uint16_t* index = block.indices + n * K;
   const auto word = [&x](int input, int at) {
     uint32_t both;
-    std::memcpy(&both, (const uint8_t*)(x.spread + input) + 3 - at, 4);
+    std::memcpy(&both, (const uint8_t*)(x.figures + input) + 3 - at, 4);
     return both;
   };
-  uint32_t figures = 0;
-  int k = 0;
+  uint64_t figures = 0;
+  int64_t k = 0;
   for (; k + 2 <= K; k += 2) {
     words[k / 2] = word(index[k], 0) | word(index[k + 1], 1);
     figures += x.figures[index[k]] + x.figures[index[k + 1]];
   }
-  if (k < K) words[k / 2] = word(index[k], 0), figures += x.figures[index[k]];
+  if (k < K) words[k / 2] = word(index[k], 0), figures += x.figures[index[k]], k += 2;
+  for (; k < 8 * eights(block); k += 2) words[k / 2] = 0;
   return figures;
 }
 
-// For a single row: which of `count` groups from n on, at most TOGETHER, may have one of its k best, a bit for each. Several at a
-// time, as the way from a group's inputs to its limit is a long one. `scratch` holds TOGETHER · ⌈K/2⌉ floats.
-uint32_t candidate_groups(const Block& block, const Rows8& x, int64_t n, int count, float threshold, float* scratch) {
-  const int G = block.group_size, pairs = (block.fan_in + 1) / 2;
-  const Screen& screen = block.screen;
+// For a single row: which of COUNT groups from n on may have one of its k best, a bit for each. Several at a time, as the way from a
+// group's inputs to its limit is a long one. `scratch` holds COUNT · 4 · ⌈K/8⌉ floats.
+template <int COUNT>
+uint32_t candidate_groups(const Block& block, const Rows8& x, int64_t n, float threshold, float* scratch) {
+  const int pairs = 4 * eights(block);
   uint32_t* words = (uint32_t*)scratch;
-  vu figures{};
+  int total[COUNT];
+  vi squares{};
   vf scale[4] = {};
-  for (int i = 0; i < count; ++i) {
-    figures[i] = prepare_row(block, x, n + i, words + (int64_t)i * pairs);
-    for (int j = 0; j < 4; ++j) scale[j][i] = screen.scale[j][n + i];
+  for (int i = 0; i < COUNT; ++i) {
+    const uint64_t figures = prepare_row(block, x, n + i, words + i * pairs);
+    total[i] = (int)(figures >> 24 & 0xFFFF) - (int)(figures >> 56 << 8), squares[i] = (int)(figures & 0xFFFFFF);
   }
-  const vf least = needed(scale[0], scale[1], scale[2], scale[3], broadcast(threshold), broadcast(x.inverse[0]), norm_of(figures));
-  const vu start = start_of(figures, block.fan_in);
+  for (int j = 0; j < 4; ++j) std::memcpy(&scale[j], block.screen.scale[j] + n, COUNT * sizeof(float));
+  const vf norm = norm_of(squares);
+  const vf least = needed(scale[0], scale[1], scale[2], scale[3], broadcast(threshold), broadcast(x.inverse[0]), norm);
+  const bool odd = block.group_size % (2 * LANES);
   uint32_t found = 0;
-  for (int i = 0; i < count; ++i) {
-    const uint8_t* q = screen.values + (n + i) * pairs * G * 2;
-    prefetch(q, pairs * G * 2);
-    uint32_t first = start[i];
-    int16_t limit = (int16_t)least[i];
-    uint8_t any = 0;
-    screen_group(q, pairs, G, {words + (int64_t)i * pairs, &first, &limit}, 1, 1, &any);
-    found |= (uint32_t)any << i;
+  for (int i = 0; i < COUNT; ++i) {
+    prefetch(block.screen.coarse, n + i, coarse_bytes(block));
+    const Inputs inputs{words + i * pairs, 1, total[i], norm[i], x.inverse[0], threshold};
+    const int16_t limit = (int16_t)least[i];
+    found |= (uint32_t)(odd ? passes<1>(block, n + i, inputs, limit) : passes<2>(block, n + i, inputs, limit)) << i;
   }
   return found;
 }
 
-void prepare_rows(const Block& block, const Rows8& x, int64_t n, int ldx, const float* threshold, Inputs out) {
-  constexpr int NV = 16 / W;
-  static constexpr int8_t zero[16] = {};
+// Several rows' inputs to a group. All but the words are of [ldx].
+struct RowInputs {
+  uint32_t* words;  // [4 · ⌈K/8⌉, ldx]
+  uint32_t* start;  // −7.5 · Σ u in 16 bits, twice over
+  uint32_t* limit;  // what the first look's sums must exceed, twice over
+  int32_t* total;
+  float* norm;
+  const float *inverse, *threshold;
+  int ldx;
+
+  Inputs of(int row) const { return {words + row, ldx, total[row], norm[row], inverse[row], threshold[row]}; }
+};
+
+static_assert(TOPK_ROWS <= 64);
+
+// Which of BT rows may have one of their k best among NV vectors of labels from g on, a bit for each.
+template <int NV, int BT>
+FANIN_INLINE uint64_t screen_tile(const Block& block, int64_t n, const int16_t* c, int g, const RowInputs& x, int row) {
+  const int pairs = 4 * eights(block), G = block.group_size;
+  vs sum[BT][NV];
+  for (int b = 0; b < BT; ++b)
+    for (int v = 0; v < NV; ++v) sum[b][v] = (vs)broadcast(x.start[row + b]);
+  for (int j = 0; j < pairs; ++j) {
+    vs w[NV];
+    for (int v = 0; v < NV; ++v) w[v] = load(c + (int64_t)j * G + g + v * LANES);
+    for (int b = 0; b < BT; ++b) {
+      const vu both = broadcast(x.words[(int64_t)j * x.ldx + row + b]);
+      for (int v = 0; v < NV; ++v) sum[b][v] += pair_products(w[v], both);
+    }
+  }
+  vs above[BT] = {}, one{};
+  for (int b = 0; b < BT; ++b) {
+    for (int v = 0; v < NV; ++v) above[b] |= sum[b][v] > (vs)broadcast(x.limit[row + b]);
+    one |= above[b];
+  }
+  uint64_t found = 0;
+  if (!any(one)) return found;  // as a rule
+  for (int b = 0; b < BT; ++b)
+    if (any(above[b])) found |= (uint64_t)passes_again<NV>(block, n, g, x.of(row + b), sum[b]) << (row + b);
+  return found;
+}
+
+template <int NV, int BT>
+FANIN_INLINE uint64_t screen_rows(int rows, const Block& block, int64_t n, const int16_t* c, int g, const RowInputs& x, int row) {
+  if constexpr (BT > 0)
+    return rows == BT ? screen_tile<NV, BT>(block, n, c, g, x, row) : screen_rows<NV, BT - 1>(rows, block, n, c, g, x, row);
+  else
+    return 0;
+}
+
+template <int NV>
+FANIN_INLINE uint64_t screen_tiles(const Block& block, int64_t n, const int16_t* c, const RowInputs& x, int rows) {
+  const int tiles = (rows + ROWS_PER_TILE - 1) / ROWS_PER_TILE, each = (rows + tiles - 1) / tiles;
+  uint64_t found = 0;
+  for (int row = 0; row < rows; row += each) {
+    const int height = each < rows - row ? each : rows - row;
+    for (int g = 0; g < block.group_size; g += NV * LANES) found |= screen_rows<NV, ROWS_PER_TILE>(height, block, n, c, g, x, row);
+  }
+  return found;
+}
+
+// The first look's numbers of group n, one a byte: [4 · ⌈K/8⌉, G, 2].
+FANIN_INLINE void unpack(const Block& block, int64_t n, int16_t* out) {
+  const int G = block.group_size, end = 2 * eights(block) * G;
+  const int16_t* coarse = (const int16_t*)(block.screen.coarse + n * coarse_bytes(block));
+  for (int i = 0; i < end; i += G, out += 2 * G)
+    for (int g = 0; g < G; g += LANES) {
+      const vs c = load(coarse + i + g), low = c & 0x0F0F, high = c >> 4 & 0x0F0F;
+      std::memcpy(out + g, &low, sizeof low), std::memcpy(out + G + g, &high, sizeof high);
+    }
+}
+
+// For rows row … row + NV · W.
+template <int NV>
+FANIN_INLINE void prepare_some(const Block& block, const int8_t* inputs, int64_t n, int row, const RowInputs& out) {
+  static constexpr int8_t zero[NV * W] = {};
   const int K = block.fan_in;
-  const Screen& screen = block.screen;
   const uint16_t* index = block.indices + n * K;
-  for (int b = 0; b < ldx; b += 16) {
-    vu figures[NV] = {};
-    for (int k = 0; k < K; ++k)
-      for (int v = 0; v < NV; ++v) figures[v] += load(x.figures + (int64_t)index[k] * ldx + b + v * W);
-    for (int k = 0; k < K; k += 2) {
-      const int8_t *first = x.x + (int64_t)index[k] * ldx + b, *second = k + 1 < K ? x.x + (int64_t)index[k + 1] * ldx + b : zero;
-      store_pairs(out.words + (int64_t)(k / 2) * ldx + b, first, second);
-    }
-    float least[16];
-    for (int v = 0; v < NV; ++v) {
-      const vu start = start_of(figures[v], K);
-      std::memcpy(out.start + b + v * W, &start, sizeof start);
-      store(least + v * W, needed(broadcast(screen.scale[0][n]), broadcast(screen.scale[1][n]), broadcast(screen.scale[2][n]),
-                                  broadcast(screen.scale[3][n]), load(threshold + b + v * W), load(x.inverse + b + v * W),
-                                  norm_of(figures[v])));
-    }
-    for (int i = 0; i < 16; ++i) out.limit[b + i] = (int16_t)least[i];
+  vs sums[NV] = {};
+  vi squares[NV] = {};
+  const auto pair = [&](int k, const int8_t* first, const int8_t* second) {
+    uint32_t* words = out.words + (int64_t)(k / 2) * out.ldx + row;
+    for (int v = 0; v < NV; ++v) store_pairs(words + v * W, first + v * W, second + v * W, sums[v], squares[v]);
+  };
+  const auto input = [&](int k) { return inputs + (int64_t)index[k] * out.ldx + row; };
+  int k = 0;
+  for (; k + 2 <= K; k += 2) pair(k, input(k), input(k + 1));
+  if (k < K) pair(k, input(k), zero), k += 2;
+  for (; k < 8 * eights(block); k += 2) pair(k, zero, zero);
+  const auto scale = [&](int i) { return broadcast(block.screen.scale[i][n]); };
+  for (int v = 0; v < NV; ++v) {
+    const int b = row + v * W;
+    const vi total = sum_pairs(sums[v]);
+    const vf norm = norm_of(squares[v]);
+    const vf least = needed(scale(0), scale(1), scale(2), scale(3), load(out.threshold + b), load(out.inverse + b), norm);
+    const vu start = twice(-15 * total >> 1), limit = twice(__builtin_convertvector(least, vi));
+    std::memcpy(out.start + b, &start, sizeof start), std::memcpy(out.limit + b, &limit, sizeof limit);
+    std::memcpy(out.total + b, &total, sizeof total), store(out.norm + b, norm);
   }
 }
 
-// For several rows: how many may have one of their k best in group n; found [ldx] tells which. `scratch` holds (⌈K/2⌉ + 3) · ldx
-// floats.
-int candidate_rows(const Block& block, const Batch& x, const Rows8& rows8, int64_t n, const Best& best, float* scratch, uint8_t*& found) {
-  const int G = block.group_size, pairs = (block.fan_in + 1) / 2, ldx = x.ldx;
-  uint32_t *words = (uint32_t*)scratch, *start = words + (int64_t)pairs * ldx;
-  const Inputs inputs{words, start, (int16_t*)(start + ldx)};
-  found = (uint8_t*)(inputs.limit + ldx);
-  prepare_rows(block, rows8, n, ldx, best.threshold, inputs);
-  for (int b = 0; b < ldx; ++b) found[b] = 0;
-  const uint8_t* q = block.screen.values + n * pairs * G * 2;
-  prefetch(q, pairs * G * 2);
+void prepare_rows(const Block& block, const int8_t* inputs, int64_t n, int rows, const RowInputs& out) {
+  for (int b = 0; b < rows; b += 16)
+    if (rows - b > W)
+      prepare_some<16 / W>(block, inputs, n, b, out);
+    else
+      prepare_some<1>(block, inputs, n, b, out);
+}
+
+// For several rows: how many may have one of their k best in group n; found [rows] tells which. `scratch` holds
+// (4 · ⌈K/8⌉ + 4) · ldx + 2 · ⌈K/8⌉ · G floats.
+int candidate_rows(const Block& block, const Batch& x, const Rows8& rows8, int64_t n, const Best& best, float* scratch, uint8_t* found) {
+  const int ldx = x.ldx;
+  uint32_t *words = (uint32_t*)scratch, *start = words + (int64_t)4 * eights(block) * ldx;
+  int32_t* total = (int32_t*)start + 2 * ldx;
+  const RowInputs inputs{words, start, start + ldx, total, (float*)total + ldx, rows8.inverse, best.threshold, ldx};
+  int16_t* c = (int16_t*)(start + 4 * ldx);
+  prefetch(block.screen.coarse, n, coarse_bytes(block)), prefetch(block.screen.fine, n, fine_bytes(block));
   __builtin_prefetch(block.indices + (n + AHEAD) * block.fan_in);
-  screen_group(q, pairs, G, inputs, x.rows, ldx, found);
+  unpack(block, n, c);
+  prepare_rows(block, rows8.x, n, x.rows, inputs);
+  const bool odd = block.group_size % (2 * LANES);
+  const uint64_t left = odd ? screen_tiles<1>(block, n, c, inputs, x.rows) : screen_tiles<2>(block, n, c, inputs, x.rows);
+  if (!left) return 0;
   int count = 0;
-  for (int b = 0; b < x.rows; ++b) count += found[b];
+  for (int b = 0; b < x.rows; ++b) count += found[b] = left >> b & 1;
   return count;
 }
 

@@ -173,15 +173,26 @@ FANIN_INLINE vs pair_products(vs w, vu x) {
 #endif
 }
 
-// For 16 rows each: both bytes, twice over.
-FANIN_INLINE void store_pairs(uint32_t* out, const int8_t* first, const int8_t* second) {
+// For W rows each: both bytes, twice over. Adds the bytes to the sums, a lane for each, and their squares' sum to the squares.
+FANIN_INLINE void store_pairs(uint32_t* out, const int8_t* first, const int8_t* second, vs& sums, vi& squares) {
+#if defined(FANIN_AVX512)
   const __m128i a = _mm_loadu_si128((const __m128i*)first), b = _mm_loadu_si128((const __m128i*)second);
-  const __m128i low = _mm_unpacklo_epi8(a, b), high = _mm_unpackhi_epi8(a, b);
-  _mm_storeu_si128((__m128i*)out, _mm_unpacklo_epi16(low, low));
-  _mm_storeu_si128((__m128i*)out + 1, _mm_unpackhi_epi16(low, low));
-  _mm_storeu_si128((__m128i*)out + 2, _mm_unpacklo_epi16(high, high));
-  _mm_storeu_si128((__m128i*)out + 3, _mm_unpackhi_epi16(high, high));
+  const __m256i pairs = _mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b));
+  const __m512i wide = _mm512_cvtepi8_epi16(pairs);
+  sums += (vs)wide, squares += (vi)_mm512_madd_epi16(wide, wide);
+  const vu once = (vu)_mm512_cvtepu16_epi32(pairs);
+#else
+  const __m128i pairs = _mm_unpacklo_epi8(_mm_loadl_epi64((const __m128i*)first), _mm_loadl_epi64((const __m128i*)second));
+  const __m256i wide = _mm256_cvtepi8_epi16(pairs);
+  sums += (vs)wide, squares += (vi)_mm256_madd_epi16(wide, wide);
+  const vu once = (vu)_mm256_cvtepu16_epi32(pairs);
+#endif
+  const vu twice = once | once << 16;
+  std::memcpy(out, &twice, sizeof twice);
 }
+
+// Lanes 0 + 1, 2 + 3, …
+FANIN_INLINE vi sum_pairs(vs a) { return ((vi)a << 16 >> 16) + ((vi)a >> 16); }
 
 // Whether a lane of a comparison is true.
 FANIN_INLINE bool any(vs found) {
