@@ -3,7 +3,8 @@
     pip install omikuji scikit-learn
     python -m benchmarks.tf_idf_tree --data ../yso-en
 
-Words are scikit-learn's, the tree's settings omikuji's own; P@k and PSP@k are of all of test.
+Words are scikit-learn's, the tree's settings omikuji's own; P@k and PSP@k are of all of test. It draws
+without a seed: on the 1,493 test texts of yso-mini P@1 was .333 to .348 in eleven runs.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
 from benchmarks import measure
+from benchmarks.accuracy import METRICS
 from train.data import Dataset
-from train.metrics import Meter, inverse_propensities
+from train.metrics import RANKED, Meter, inverse_propensities
 from train.settings import Settings
-
-METRICS = ("P@1", "P@3", "P@5", "PSP@1", "PSP@5")
 
 
 def main() -> None:
@@ -60,8 +60,8 @@ def main() -> None:
     weights = inverse_propensities(counts, len(texts), a=Settings.propensity_a, b=Settings.propensity_b)
     meter = Meter(weights, counts)
     for row in tqdm(range(len(test_texts)), desc="evaluating test", unit=" texts", disable=None):
-        best = [label for label, _ in model.predict(words_of(test_features, row), top_k=10)]
-        meter.update(np.array([best + [-1] * (10 - len(best))]), [test_truth[row]])
+        best = [label for label, _ in model.predict(words_of(test_features, row), top_k=RANKED)]
+        meter.update(np.array([best], dtype=np.int64), [test_truth[row]])
     metrics = meter.result()
     result = {"data": args.data.name, "head": "TF-IDF tree", **{name: round(metrics[name], 4) for name in METRICS}}
     result |= {"test_texts": len(test_texts), "minutes": round(minutes, 1), "threads": args.threads}

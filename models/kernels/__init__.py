@@ -27,8 +27,8 @@ def screen(head: Head) -> list[Screen | Sketch | None]:
 
     Shared blocks of a fan-in of at most 128, on a processor with AVX2 or AVX-512, have their weights in 6 bits: three eighths
     of a bf16 block's memory. Private blocks of a fan-in from 16 to 256 have their heaviest connections with weights in 8 bits,
-    used for up to 7 rows: a little more than half of a bf16 block's memory. The first take about 0.15 s for a
-    million labels, the second, whose weights are compared with each other, about half a second.
+    used for up to 7 rows: a little more than half of a bf16 block's memory. The first take about 0.15 s for a million
+    labels, the second, whose weights are compared with each other, about half a second.
     """
     return [_compiled().screen(block) for block in head.blocks]
 
