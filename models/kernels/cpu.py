@@ -17,7 +17,7 @@ from models.kernels.screening import Screen, Sketch
 from models.kernels.step import Loss, Moments, Optimizer, Positives
 from models.kernels.subset import EVERY, Subset
 
-INTERFACE = 5  # of _cpu, as csrc/bindings.cpp has it
+INTERFACE = 6  # of _cpu, as csrc/bindings.cpp has it
 _BUILD = "run `make set-up`, or `pip install -e .`, in the project's folder"
 try:
     import models.kernels._cpu as _cpu  # compiled: it has no source to look at
@@ -70,7 +70,7 @@ def _native(block: Block, screen: Screen | Sketch | None = None) -> _cpu.Block:
 def screen(block: Block) -> Screen | Sketch | None:
     """See models.kernels.screen."""
     if block.connectivity == "private":
-        values = np.empty((block.groups, _cpu.sketched(block.fan_in), block.group_size), dtype=np.int8)
+        values = np.empty((block.groups, _cpu.sketched(block.fan_in) // 2, block.group_size, 2), dtype=np.int8)
         indices = np.empty(values.shape, dtype=np.uint16)
         rest = np.empty((block.groups, block.group_size), dtype=np.uint16)
         scale = np.empty((2, block.groups), dtype=np.float32)

@@ -28,10 +28,10 @@ class Screen:
 
 @dataclass(frozen=True, eq=False)
 class Sketch:
-    """Of a private block: each label's heaviest connections, 3 of 4, with weights in 8 bits. What csrc/sketch.h describes;
-    (9/4 · K + 2) · G + 8 bytes a group.
+    """Of a private block: each label's heaviest connections, 3 of 4 in pairs, with weights in 8 bits. What csrc/sketch.h
+    describes; about (9/4 · K + 2) · G + 8 bytes a group.
 
-    values   int8 [N, ⌊3/4 · K⌋, G]
+    values   int8 [N, ⌈⌊3/4 · K⌋ / 2⌉, G, 2]
     indices  uint16, the same
     rest     bf16 [N, G]
     scale    fp32 [2, N]

@@ -18,8 +18,8 @@ using Array = nb::ndarray<T, nb::numpy, nb::shape<Shape...>, nb::c_contig, nb::d
 using Values = nb::ndarray<nb::numpy, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Indices = nb::ndarray<const uint16_t, nb::numpy, nb::c_contig, nb::device::cpu>;
 using Floats3 = Array<float, -1, -1, -1>;
-using SketchValues = Array<int8_t, -1, -1, -1>;
-using SketchIndices = Array<uint16_t, -1, -1, -1>;
+using SketchValues = Array<int8_t, -1, -1, -1, 2>;
+using SketchIndices = Array<uint16_t, -1, -1, -1, 2>;
 using ScreenValues = Array<uint8_t, -1, -1, -1, 2>;
 
 static fanin::Block make_block(const std::string& connectivity, int width, const std::string& dtype, const nb::object& values,
@@ -82,7 +82,7 @@ static void train_step(const fanin::Block& block, Array<const float, -1, -1> x, 
 
 NB_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of the head (C++); use them through models.kernels.";
-  m.attr("interface") = 5;  // models/kernels/cpu.py compares it; goes up with every change of a signature below
+  m.attr("interface") = 6;  // models/kernels/cpu.py compares it; goes up with every change of a signature below
   nb::class_<fanin::Block>(m, "Block").def(
       "__init__",
       [](fanin::Block* self, const std::string& connectivity, int width, const std::string& dtype, const nb::object& values,

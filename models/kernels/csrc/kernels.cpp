@@ -66,7 +66,7 @@ void topk_row(const Block& block, const Batch& x, const Rows8& rows8, int64_t be
 #endif
 
 template <class T>
-void topk(const Block& block, const Batch& x, [[maybe_unused]] const Rows8* rows8, const float* norms, int64_t begin, int64_t end,
+void topk(const Block& block, const Batch& x, [[maybe_unused]] const Rows8* rows8, const Rows16* rows16, int64_t begin, int64_t end,
           Gate* gate, Best& best, float* scratch) {
   const int G = block.group_size;
   const bool columns = along_batch(block, x);
@@ -79,7 +79,7 @@ void topk(const Block& block, const Batch& x, [[maybe_unused]] const Rows8* rows
   for (int64_t n = begin; n < end; ++n) {
     if (gate && (n = next_group(*gate, x.rows, n, end, G)) == end) break;
     const Group<T> group(block, n);
-    if (rows8 || norms) {
+    if (rows8 || rows16) {
       uint8_t found[TOPK_ROWS];
       int count;
 #if defined(FANIN_SCREENS)
@@ -87,7 +87,7 @@ void topk(const Block& block, const Batch& x, [[maybe_unused]] const Rows8* rows
         count = candidate_rows(block, x, *rows8, n, best, limit, found);
       else
 #endif
-        count = sketched_rows(block, x, norms, n, best, found);
+        count = sketched_rows(block, *rows16, x.rows, n, best, found);
       if (count == 0) continue;
       if (count <= x.rows / 4) {  // more are better off together
         for (int b = 0; b < x.rows; ++b) {
@@ -225,12 +225,12 @@ void backward(const Block& block, const Batch& x, const float* grad, int64_t beg
   }
 }
 
-void topk_any(const Block& block, const Batch& x, const Rows8* rows8, const float* norms, int64_t begin, int64_t end, Gate* gate,
+void topk_any(const Block& block, const Batch& x, const Rows8* rows8, const Rows16* rows16, int64_t begin, int64_t end, Gate* gate,
               Best& best, float* scratch) {
   switch (block.dtype) {
-    case DType::fp32: return topk<float>(block, x, rows8, norms, begin, end, gate, best, scratch);
-    case DType::fp16: return topk<fp16>(block, x, rows8, norms, begin, end, gate, best, scratch);
-    case DType::bf16: return topk<bf16>(block, x, rows8, norms, begin, end, gate, best, scratch);
+    case DType::fp32: return topk<float>(block, x, rows8, rows16, begin, end, gate, best, scratch);
+    case DType::fp16: return topk<fp16>(block, x, rows8, rows16, begin, end, gate, best, scratch);
+    case DType::bf16: return topk<bf16>(block, x, rows8, rows16, begin, end, gate, best, scratch);
   }
 }
 

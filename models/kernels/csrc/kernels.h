@@ -25,7 +25,7 @@ constexpr int MAX_SCREENED_FAN_IN = 128;  // units are too coarse beyond
 
 // The heaviest connections of a private block's labels, see sketch.h.
 struct Sketch {
-  int8_t* values;     // [N, sketched(K), G], q; null where a block has none
+  int8_t* values;     // [N, sketched(K) / 2, G, 2], q; null where a block has none
   uint16_t* indices;  // the same
   uint16_t* rest;     // [N, G], bf16, the norm of the weights not kept
   float* unit;        // [N], of the group's weights
@@ -33,7 +33,7 @@ struct Sketch {
 };
 
 constexpr int MIN_SKETCHED_FAN_IN = 16, MAX_SKETCHED_FAN_IN = 256;
-inline int sketched(int fan_in) { return 3 * fan_in / 4; }
+inline int sketched(int fan_in) { return (3 * fan_in / 4 + 1) / 2 * 2; }
 
 struct Block {
   Connectivity connectivity;
@@ -60,6 +60,13 @@ struct Rows8 {
   const int8_t* x;          // [D, ldx], u
   const uint64_t* figures;  // [D], a single row's: u² in bytes 0 and 1, u in 3 and in 5, in 7 whether it is below zero
   const float* inverse;     // [ldx], 1 / unit
+};
+
+// The rows of a batch in 16 bits, for a block with a sketch.
+struct Rows16 {
+  const int16_t* x;    // [B, D + 1], v; the last of a row is only there to be read
+  const float* unit;   // [B]
+  const float* norms;  // [B, 2] of the row's largest inputs: as many as the block's sketch has of a label, and as it lacks
 };
 
 // The k best of each row so far: one min-heap per row. threshold[b] is what a score must exceed; +inf in padding rows.
@@ -109,9 +116,9 @@ struct Step {
 // All work on groups [begin, end). `scratch` holds scratch_floats() floats, 64-byte aligned, one per thread.
 struct Kernels {
   const char* name;
-  // The gate may be null: then every label is allowed. So may the rows in 8 bits, then the block's screen is not used, and the norms
-  // [B, 2] of the rows' largest inputs, then its sketch is not.
-  void (*topk)(const Block&, const Batch&, const Rows8*, const float* norms, int64_t begin, int64_t end, Gate*, Best&, float* scratch);
+  // The gate may be null: then every label is allowed. So may the rows in 8 bits, then the block's screen is not used, and those in
+  // 16, then its sketch is not.
+  void (*topk)(const Block&, const Batch&, const Rows8*, const Rows16*, int64_t begin, int64_t end, Gate*, Best&, float* scratch);
   // False where a block's numbers do not fit. Null where the instruction set has no fast products of 8 bits.
   bool (*screen)(const Block&, int64_t begin, int64_t end, const Screen&, float* scratch);
   bool (*sketch)(const Block&, int64_t begin, int64_t end, const Sketch&, float* scratch);

@@ -109,25 +109,36 @@ class Bytes {
   Rows8 rows_{};
 };
 
-// For each row the norms of its largest inputs, as many as a label's sketch has and as it lacks. None when no row will ask for them or
-// a number is too large.
-std::vector<float> largest_norms(const Block& block, const Batch& batch) {
-  std::vector<float> norms;
-  if (!block.sketch.values || batch.rows >= PRIVATE_BATCH) return norms;
-  const int kept = sketched(block.fan_in);  // more than half
-  std::vector<double> squares(block.width);
-  for (int b = 0; b < batch.rows; ++b) {
-    const float* x = batch.x + (int64_t)b * block.width;
-    std::transform(x, x + block.width, squares.begin(), [](double a) { return a * a; });
-    std::partial_sort(squares.begin(), squares.begin() + kept, squares.end(), std::greater<>());
-    for (const int count : {kept, block.fan_in - kept}) {
-      const double norm = std::sqrt(std::accumulate(squares.begin(), squares.begin() + count, 0.0));
-      if (!(norm < LARGEST_SCREENED)) return {};
-      norms.push_back((float)(norm * (1 + 0x1p-12)) + SMALLEST_UNIT);
+// The rows of a batch in 16 bits for one block, and the norms of their largest inputs; none when no row will ask for them or a number
+// is too large.
+class Words {
+ public:
+  Words(const Block& block, const Batch& batch) {
+    if (!block.sketch.values || batch.rows >= PRIVATE_BATCH) return;
+    const int width = block.width, kept = sketched(block.fan_in);  // more than half
+    std::vector<double> squares(width);
+    for (int b = 0; b < batch.rows; ++b) {
+      const float* x = batch.x + (int64_t)b * width;
+      std::transform(x, x + width, squares.begin(), [](double a) { return a * a; });
+      std::partial_sort(squares.begin(), squares.begin() + kept, squares.end(), std::greater<>());
+      for (const int count : {kept, block.fan_in - kept}) {
+        const double norm = std::sqrt(std::accumulate(squares.begin(), squares.begin() + count, 0.0));
+        if (!(norm < LARGEST_SCREENED)) return;
+        norms_.push_back((float)(norm * (1 + 0x1p-12)) + SMALLEST_UNIT);
+      }
+      unit_.push_back(std::max((float)std::sqrt(squares[0]) / 32766, SMALLEST_UNIT));
+      for (int d = 0; d < width; ++d) x_.push_back((int16_t)std::lrint(x[d] / unit_[b]));
+      x_.push_back(0);
     }
+    rows_ = {x_.data(), unit_.data(), norms_.data()};
   }
-  return norms;
-}
+  const Rows16* rows() const { return rows_.x ? &rows_ : nullptr; }
+
+ private:
+  std::vector<int16_t> x_;
+  std::vector<float> unit_, norms_;
+  Rows16 rows_{};
+};
 
 // Contiguous slices, one per thread: the same sums in the same order for the same number of threads.
 template <class Work>
@@ -178,8 +189,8 @@ void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, con
       batch.xt = xt.get();
     }
     const Bytes bytes(blocks, batch);
-    std::vector<std::vector<float>> norms;
-    for (const auto& block : blocks) norms.push_back(largest_norms(block, batch));
+    std::vector<std::unique_ptr<const Words>> words;
+    for (const auto& block : blocks) words.push_back(std::make_unique<const Words>(block, batch));
     std::vector<float> best_scores((size_t)workers * part * k), thresholds((size_t)workers * batch.ldx);
     std::vector<int32_t> best_labels((size_t)workers * part * k);
     std::vector<int> counts((size_t)workers * part);
@@ -201,7 +212,7 @@ void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, con
           gate.rows = gated ? &allowed[row] : nullptr, gate.first = place;
           gate.next = gate_next.data() + (size_t)t * part, gate.open = gate_open.data() + (size_t)t * part * (largest / 16);
           if (from < to)
-            run.topk(block, batch, bytes.of(block), norms[i].empty() ? nullptr : norms[i].data(), from, to, gated ? &gate : nullptr, best,
+            run.topk(block, batch, bytes.of(block), words[i]->rows(), from, to, gated ? &gate : nullptr, best,
                      scratches[t].get());
           offset += block.groups;
           place += block.groups * block.group_size;

@@ -1,8 +1,9 @@
 // A first look at private labels, for few rows: each weight costs a read of an input, so of each label only its heaviest connections
 // are looked at, with weights in 8 bits. Labels that the rest cannot bring among a row's k best are left at that.
 //
-// In units of a group, kept weights are q + e with whole |q| ≤ 127. A score is Σ q·x and at most ‖e‖ · ‖x'‖ + ‖w''‖ · ‖x''‖ besides (Cauchy
-// and Schwarz): w'' are the weights not kept, x' and x'' as many of the row's inputs as are kept and as are not, its largest.
+// In units of a group, kept weights are q + e with whole |q| ≤ 127; in units of a row, inputs are v + d with whole |v| ≤ 32767 and
+// |d| ≤ 1/2. A score is Σ q·v and at most Σ|q| / 2 + ‖e‖ · ‖x'‖ + ‖w''‖ · ‖x''‖ besides (Cauchy and Schwarz): w'' are the weights not
+// kept, x' and x'' as many of the row's inputs as are kept and as are not, its largest.
 #pragma once
 #include <algorithm>
 
@@ -42,8 +43,9 @@ bool make_sketch(const Block& block, int64_t begin, int64_t end, const Sketch& o
         if (k < kept) {
           const float q = __builtin_rintf(wf[at] / unit);
           const double e = wf[at] - (double)unit * q;
-          out.values[(n * kept + k) * G + g] = (int8_t)q;
-          out.indices[(n * kept + k) * G + g] = block.indices[n * K * G + at];
+          const int64_t to = n * kept * G + ((int64_t)(k / 2) * G + g) * 2 + k % 2;
+          out.values[to] = (int8_t)q;
+          out.indices[to] = block.indices[n * K * G + at];
           error += e * e;
         } else {
           rest += (double)wf[at] * wf[at];
@@ -63,31 +65,33 @@ bool make_sketch(const Block& block, int64_t begin, int64_t end, const Sketch& o
   return true;
 }
 
-// How many rows may have one of their k best in group n; found [rows] tells which. `norms` [rows, 2]: ‖x'‖ and ‖x''‖.
-int sketched_rows(const Block& block, const Batch& x, const float* norms, int64_t n, const Best& best, uint8_t* found) {
+// How many rows may have one of their k best in group n; found [rows] tells which.
+int sketched_rows(const Block& block, const Rows16& x, int rows, int64_t n, const Best& best, uint8_t* found) {
   constexpr int NV = 16 / W;
   const int G = block.group_size, kept = sketched(block.fan_in);
   const int8_t* values = block.sketch.values + n * kept * G;
   const uint16_t* indices = block.sketch.indices + n * kept * G;
-  const vf unit = broadcast(block.sketch.unit[n]);
   int count = 0;
-  for (int b = 0; b < x.rows; ++b) {
-    const float* in = x.x + (int64_t)b * block.width;
-    asm("" : "+r"(in));  // else GCC adds b·width to every index
-    const vf threshold = broadcast(best.threshold[b]), rest = broadcast(norms[2 * b + 1]);
-    const vf error = broadcast(block.sketch.error[n] * norms[2 * b] + 1e-36f);  // numbers too small for fp32 to round by size
+  for (int b = 0; b < rows; ++b) {
+    const int16_t* in = x.x + (int64_t)b * (block.width + 1);
+    asm("" : "+r"(in));  // else GCC adds b·(width + 1) to every index
+    const float unit = block.sketch.unit[n] * x.unit[b];
+    const vf threshold = broadcast(best.threshold[b]), rest = broadcast(x.norms[2 * b + 1]);
+    // 1e-36: numbers too small for fp32 to round by size
+    const vf error = broadcast(block.sketch.error[n] * x.norms[2 * b] + 64 * kept * unit + 1e-36f);
     uint32_t passes = 0;
     for (int g = 0; g < G; g += 16) {
-      vf acc[NV] = {};
-      for (int k = 0; k < kept; ++k)
+      vi sum[NV] = {};
+      for (int k = 0; k < kept; k += 2)
         for (int v = 0; v < NV; ++v) {
-          const int64_t at = (int64_t)k * G + g + v * W;
-          acc[v] += load(values + at) * gather(in, indices + at);
+          const int64_t at = (int64_t)k * G + 2 * (g + v * W);
+          sum[v] += gathered_pairs(in, indices + at, values + at);
         }
       for (int v = 0; v < NV; ++v) {
         const int64_t at = n * G + g + v * W;
         const vf bias = load(block.bias + at), margin = (absolute(bias) + absolute(threshold)) * 0x1p-20f + error;
-        passes |= greater((acc[v] * unit + bias) + (load((const bf16*)block.sketch.rest + at) * rest + margin), threshold);
+        const vf score = __builtin_convertvector(sum[v], vf) * unit + bias;
+        passes |= greater(score + (load((const bf16*)block.sketch.rest + at) * rest + margin), threshold);
       }
     }
     count += found[b] = passes != 0;
