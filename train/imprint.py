@@ -2,6 +2,7 @@
 
 Imprinted weights (Qi, Brown and Lowe 2018, "Low-Shot Learning with Imprinted Weights", section 3), less the mean of all labels,
 and as long as random ones. With those, a label has to learn what it is about from one text at a time, while the encoder moves.
+A private label also reads the inputs that say most of it, in place of random ones.
 
 Dimensions: B texts of a batch, P positives among them, L labels, D the head's width, K fan-in, N groups, G group size.
 """
@@ -22,13 +23,16 @@ _NUMBERS_AT_ONCE = 1 << 22
 
 
 def imprint(head: Head, inputs: Inputs, counts: np.ndarray) -> None:
-    """Overwrites the weights of the head's labels with what `inputs`, the training texts, say of them.
+    """Overwrites the weights of the head's labels, and private ones' indices, with what `inputs`, the training texts, say.
 
-    `counts` int [L] are the texts of each label; those without any keep their weights. Indices and biases stay as they are.
-    One pass over the texts, with fp32 sums as large as the weights.
+    `counts` int [L] are the texts of each label; those without any keep what they have. Biases and indices that labels share
+    stay. One pass over the texts, with fp32 sums as large as the weights, or of D numbers for each private label.
     """
     block_of, slot_of = head.slots()
-    sums = [np.zeros((block.bias.size, block.fan_in), np.float32) for block in head.blocks]
+    sums = [
+        np.zeros((block.bias.size, block.fan_in if block.connectivity == "shared" else head.width), np.float32)
+        for block in head.blocks
+    ]
     mean = np.zeros(head.width)  # of the labels' means
     batches = batches_by_length(inputs.lengths, _TEXTS_AT_ONCE)
     for rows in tqdm(batches, desc="imprinting", unit=" batches", disable=None):
@@ -43,15 +47,42 @@ def imprint(head: Head, inputs: Inputs, counts: np.ndarray) -> None:
             _add(sums[i], block, x, of_text[ours], slot_of[of_label[ours]])
     mean /= max(1, int(np.count_nonzero(counts)))
     for block, total in zip(head.blocks, sums, strict=True):
-        _write(block, total, mean.astype(np.float32), counts)
+        chosen = _choose_inputs(block, total, mean, counts) if block.connectivity == "private" else total
+        _write(block, chosen, mean.astype(np.float32), counts)
 
 
 def _add(sums: np.ndarray, block: Block, x: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
-    """Adds to `sums` fp32 [N · G, K] what slots [P] read of rows [P] of x fp32 [B, D]."""
+    """Adds to `sums` fp32 [N · G, K or D] what slots [P] read, or may come to read, of rows [P] of x fp32 [B, D]."""
     order = np.argsort(slots, kind="stable")
     distinct, starts = np.unique(slots[order], return_index=True)
     if len(distinct):
-        sums[distinct] += np.add.reduceat(_read(block, x, rows[order], slots[order]), starts)
+        texts = x[rows[order]]
+        read = _read(block, texts, np.arange(len(texts)), slots[order]) if block.connectivity == "shared" else texts
+        sums[distinct] += np.add.reduceat(read, starts)
+
+
+def _choose_inputs(block: Block, sums: np.ndarray, mean: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Lets each label of a private block read the K inputs in which it differs most from `mean` fp64 [D], by what is usual.
+
+    Of `sums` fp32 [N · G, D] returns those that the block reads now, [N · G, K].
+    """
+    assert block.indices is not None
+    labels = block.label_ids.reshape(-1)
+    slots = np.flatnonzero((labels >= 0) & (counts[labels] > 0))
+    parts = np.array_split(slots, 1 + len(slots) * block.width // _NUMBERS_AT_ONCE)
+
+    def squares(part: np.ndarray) -> np.ndarray:
+        return np.square(sums[part] / counts[labels[part], None] - mean)
+
+    usual = sum((squares(part).sum(axis=0) for part in parts), np.zeros(block.width))
+    for part in parts:
+        size = squares(part) / np.where(usual > 0, usual, 1)
+        differs = size.any(axis=1)
+        groups, places = np.divmod(part[differs], block.group_size)
+        largest = np.argsort(-size[differs], axis=1, kind="stable")[:, : block.fan_in]
+        block.indices[groups, :, places] = np.sort(largest, axis=1)
+    by_slot = block.indices.swapaxes(1, 2).reshape(len(sums), block.fan_in)
+    return np.take_along_axis(sums, by_slot.astype(np.int64), axis=1)
 
 
 def _read(block: Block, x: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> np.ndarray:

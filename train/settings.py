@@ -166,7 +166,8 @@ class Settings:
     )
     head_init: Literal["random", "imprinted"] = _head(
         "random",
-        "first weights of a label: random, or the mean embedding of its training texts by the encoder as it is at first",
+        "first weights of a label: random, or the mean embedding of its training texts by the encoder as it is at first; "
+        "a private label then reads the inputs that tell it from others",
         choices=("random", "imprinted"),
     )
     loss: Loss = _head("bce", "loss of each label", choices=("bce", "squared_hinge"))
