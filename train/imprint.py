@@ -56,8 +56,8 @@ def _add(sums: np.ndarray, block: Block, x: np.ndarray, rows: np.ndarray, slots:
     order = np.argsort(slots, kind="stable")
     distinct, starts = np.unique(slots[order], return_index=True)
     if len(distinct):
-        texts = x[rows[order]]
-        read = _read(block, texts, np.arange(len(texts)), slots[order]) if block.connectivity == "shared" else texts
+        texts = rows[order]
+        read = _read(block, x, texts, slots[order]) if block.connectivity == "shared" else x[texts]
         sums[distinct] += np.add.reduceat(read, starts)
 
 
