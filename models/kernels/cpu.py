@@ -1,6 +1,6 @@
-"""The head's operations in C++ (csrc/), for x86-64 (AVX-512, AVX2) and aarch64 (NEON), with a scalar form for all others.
+"""The head's operations in C++ (csrc/), for x86-64 (AVX-512 with and without VNNI, AVX2) and aarch64 (NEON), with a scalar form for all others.
 
-The instruction set is the best this machine has; FANIN_CPU_LEVEL=avx512|avx2|neon|scalar forces one. All cores the process may
+The instruction set is the best this machine has; FANIN_CPU_LEVEL=avx512vnni|avx512|avx2|neon|scalar forces one. All cores the process may
 use take part (affinity mask and cgroup quota); FANIN_THREADS=N or `set_threads` changes that. Calls let go of the GIL.
 """
 
@@ -17,7 +17,7 @@ from models.kernels.screening import Screen, Sketch
 from models.kernels.step import Loss, Moments, Optimizer, Positives
 from models.kernels.subset import EVERY, Subset
 
-INTERFACE = 6  # of _cpu, as csrc/bindings.cpp has it
+INTERFACE = 7  # of _cpu, as csrc/bindings.cpp has it
 _BUILD = "run `make set-up`, or `pip install -e .`, in the project's folder"
 try:
     import models.kernels._cpu as _cpu  # compiled: it has no source to look at
@@ -61,7 +61,7 @@ def _native(block: Block, screen: Screen | Sketch | None = None) -> _cpu.Block:
         block.connectivity, block.width, block.dtype, block.values, block.bias, block.label_ids, cast(np.ndarray, block.indices)
     )
     if isinstance(screen, Sketch):
-        native.use_sketch(screen.values, screen.indices, screen.rest, screen.scale)
+        native.use_sketch(screen.values, screen.offsets, screen.rest, screen.scale)
     elif screen is not None:
         native.use_screen(screen.coarse, screen.fine, screen.scale)
     return native
@@ -71,11 +71,11 @@ def screen(block: Block) -> Screen | Sketch | None:
     """See models.kernels.screen."""
     if block.connectivity == "private":
         values = np.empty((block.groups, _cpu.sketched(block.fan_in) // 2, block.group_size, 2), dtype=np.int8)
-        indices = np.empty(values.shape, dtype=np.uint16)
+        offsets = np.empty(values.shape, dtype=np.uint16)
         rest = np.empty((block.groups, block.group_size), dtype=np.uint16)
         scale = np.empty((2, block.groups), dtype=np.float32)
-        fits = _cpu.sketch(_native(block), values, indices, rest, scale)
-        return Sketch(values, indices, rest, scale) if fits else None
+        fits = _cpu.sketch(_native(block), values, offsets, rest, scale)
+        return Sketch(values, offsets, rest, scale) if fits else None
     eights = -(-block.fan_in // 8)
     coarse = np.empty((block.groups, 2 * eights, block.group_size, 2), dtype=np.uint8)
     fine = np.empty((block.groups, eights, block.group_size, 2), dtype=np.uint8)

@@ -28,20 +28,20 @@ class Screen:
 
 @dataclass(frozen=True, eq=False)
 class Sketch:
-    """Of a private block: each label's heaviest connections, 3 of 4 in pairs, with weights in 8 bits. What csrc/sketch.h
-    describes; about (9/4 · K + 2) · G + 8 bytes a group.
+    """Of a private block: each label's heaviest connections, an even number K', with weights in 8 bits. What csrc/sketch.h
+    describes; (3 · K' + 2) · G + 8 bytes a group. K' is 3 of 4, or 7 of 8 where several rows look together (AVX-512 VNNI).
 
-    values   int8 [N, ⌈⌊3/4 · K⌋ / 2⌉, G, 2]
-    indices  uint16, the same
+    values   int8 [N, K' / 2, G, 2]
+    offsets  uint16, the same, 2 · input
     rest     bf16 [N, G]
     scale    fp32 [2, N]
     """
 
     values: np.ndarray
-    indices: np.ndarray
+    offsets: np.ndarray
     rest: np.ndarray
     scale: np.ndarray
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.indices.nbytes + self.rest.nbytes + self.scale.nbytes
+        return self.values.nbytes + self.offsets.nbytes + self.rest.nbytes + self.scale.nbytes

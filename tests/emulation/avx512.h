@@ -47,7 +47,7 @@ inline __m512i fanin_cvtepi8_epi32(__m128i a) { return FANIN_INTS(_mm256_cvtepi8
 inline __m512 fanin_cvtepi32_ps(__m512i a) { return FANIN_FLOATS(_mm256_cvtepi32_ps(FANIN_I(a, i))); }
 inline __m512 fanin_cvtph_ps(__m256i a) { return FANIN_FLOATS(_mm256_cvtph_ps(FANIN_H(a, i))); }
 inline __m512i fanin_gather(__m512i index, const void* base, int scale) {
-  return FANIN_INTS(scale == 2 ? _mm256_i32gather_epi32((const int*)base, FANIN_I(index, i), 2)
+  return FANIN_INTS(scale == 1 ? _mm256_i32gather_epi32((const int*)base, FANIN_I(index, i), 1)
                                : _mm256_i32gather_epi32((const int*)base, FANIN_I(index, i), 4));
 }
 inline __m256i fanin_cvtepi32_epi16(__m512i a) {  // the low 16 bits of each lane
@@ -75,6 +75,46 @@ inline uint32_t fanin_test(__m512i a, __m512i b) {
   };
   return ~(zero(0) | zero(1) << 8) & 0xFFFF;
 }
+
+// Of level avx512vnni.
+inline __m512i fanin_dpbusd(__m512i sum, __m512i a, __m512i b) {  // a unsigned, b signed
+  uint8_t u[64];
+  int8_t v[64];
+  int32_t sums[16];
+  std::memcpy(u, &a, 64), std::memcpy(v, &b, 64), std::memcpy(sums, &sum, 64);
+  for (int i = 0; i < 64; ++i) sums[i / 4] += u[i] * v[i];
+  return fanin_loadu(sums);
+}
+inline __m512i fanin_permute(__m512i places, __m512i a) {
+  uint8_t from[64], to[64];
+  std::memcpy(from, &a, 64), std::memcpy(to, &places, 64);
+  for (auto& byte : to) byte = from[byte % 64];
+  return fanin_loadu(to);
+}
+inline __m512i fanin_broadcast(__m512i a, uint32_t mask, __m128i b) {  // 32-bit lanes of b, over and over, where the mask's bits are set
+  int32_t lanes[16], other[4];
+  std::memcpy(lanes, &a, 64), std::memcpy(other, &b, 16);
+  for (int i = 0; i < 16; ++i)
+    if (mask >> i & 1) lanes[i] = other[i % 4];
+  return fanin_loadu(lanes);
+}
+inline __m512i fanin_widen(__m128i a) { return fanin_broadcast(fanin_set1(0), 0xF, a); }
+inline __m512i fanin_abs(__m512i a) { return FANIN_INTS(_mm256_abs_epi8(FANIN_I(a, i))); }
+inline __m512i fanin_max_epi32(__m512i a, __m512i b) { return FANIN_INTS(_mm256_max_epi32(FANIN_I(a, i), FANIN_I(b, i))); }
+inline uint32_t fanin_greater(__m512i a, __m512i b) {
+  const auto of = [&](int i) { return (uint32_t)_mm256_movemask_ps((__m256)_mm256_cmpgt_epi32(FANIN_I(a, i), FANIN_I(b, i))); };
+  return of(0) | of(1) << 8;
+}
+
+#define _mm512_dpbusd_epi32 fanin_dpbusd
+#define _mm512_permutexvar_epi8 fanin_permute
+#define _mm512_mask_broadcast_i32x4 fanin_broadcast
+#define _mm512_castsi128_si512 fanin_widen
+#define _mm512_load_si512 fanin_loadu
+#define _mm512_abs_epi8 fanin_abs
+#define _mm512_max_epi32 fanin_max_epi32
+#define _mm512_cmpgt_epi32_mask fanin_greater
+#define _mm512_setzero_si512() fanin_set1(0)
 
 #define _mm512_loadu_si512 fanin_loadu
 #define _mm512_set1_epi32 fanin_set1

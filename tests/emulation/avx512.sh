@@ -16,7 +16,9 @@ nanobind=$work/packages/nanobind
 compile() { g++ -std=gnu++20 -fPIC -O3 "${@:3}" -c "$1" -o "$work/$2.o"; }
 level=(-ffp-contract=fast -fno-math-errno -Wall -Wextra -Wno-psabi)
 python_headers=$("$python" -c "import sysconfig; print(sysconfig.get_path('include'))")
-compile "$source/kernels.cpp" avx512 "${level[@]}" -DFANIN_LEVEL=avx512 -DFANIN_AVX512 -mavx2 -mfma -mf16c -include "$tree/tests/emulation/avx512.h"
+emulated=("${level[@]}" -DFANIN_AVX512 -mavx2 -mfma -mf16c -include "$tree/tests/emulation/avx512.h")
+compile "$source/kernels.cpp" avx512 "${emulated[@]}" -DFANIN_LEVEL=avx512
+compile "$source/kernels.cpp" avx512vnni "${emulated[@]}" -DFANIN_LEVEL=avx512vnni -DFANIN_AVX512VNNI
 compile "$source/kernels.cpp" avx2 "${level[@]}" -DFANIN_LEVEL=avx2 -DFANIN_AVX2 -mavx2 -mfma -mf16c
 compile "$source/kernels.cpp" scalar "${level[@]}" -DFANIN_LEVEL=scalar -DFANIN_SCALAR
 compile "$source/ops.cpp" ops '-D__builtin_cpu_supports(feature)=true'

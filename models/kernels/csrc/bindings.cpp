@@ -19,7 +19,7 @@ using Values = nb::ndarray<nb::numpy, nb::ndim<3>, nb::c_contig, nb::device::cpu
 using Indices = nb::ndarray<const uint16_t, nb::numpy, nb::c_contig, nb::device::cpu>;
 using Floats3 = Array<float, -1, -1, -1>;
 using SketchValues = Array<int8_t, -1, -1, -1, 2>;
-using SketchIndices = Array<uint16_t, -1, -1, -1, 2>;
+using SketchOffsets = Array<uint16_t, -1, -1, -1, 2>;
 using ScreenValues = Array<uint8_t, -1, -1, -1, 2>;
 
 static fanin::Block make_block(const std::string& connectivity, int width, const std::string& dtype, const nb::object& values,
@@ -55,8 +55,8 @@ static fanin::Screen make_screen(ScreenValues coarse, ScreenValues fine, Array<f
   return screen;
 }
 
-static fanin::Sketch make_sketch(SketchValues values, SketchIndices indices, Array<uint16_t, -1, -1> rest, Array<float, 2, -1> scale) {
-  return {values.data(), indices.data(), rest.data(), scale.data(), scale.data() + scale.shape(1)};
+static fanin::Sketch make_sketch(SketchValues values, SketchOffsets offsets, Array<uint16_t, -1, -1> rest, Array<float, 2, -1> scale) {
+  return {2 * (int)values.shape(1), values.data(), offsets.data(), rest.data(), scale.data(), scale.data() + scale.shape(1)};
 }
 
 static void train_step(const fanin::Block& block, Array<const float, -1, -1> x, Array<const int64_t, -1> slots,
@@ -82,7 +82,7 @@ static void train_step(const fanin::Block& block, Array<const float, -1, -1> x, 
 
 NB_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of the head (C++); use them through models.kernels.";
-  m.attr("interface") = 6;  // models/kernels/cpu.py compares it; goes up with every change of a signature below
+  m.attr("interface") = 7;  // models/kernels/cpu.py compares it; goes up with every change of a signature below
   nb::class_<fanin::Block>(m, "Block").def(
       "__init__",
       [](fanin::Block* self, const std::string& connectivity, int width, const std::string& dtype, const nb::object& values,
@@ -95,16 +95,16 @@ NB_MODULE(_cpu, m) {
       .def("use_screen", [](fanin::Block& self, ScreenValues coarse, ScreenValues fine, Array<float, 6, -1> scale) {
         self.screen = make_screen(coarse, fine, scale);
       }, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
-      .def("use_sketch", [](fanin::Block& self, SketchValues values, SketchIndices indices, Array<uint16_t, -1, -1> rest, Array<float, 2, -1> scale) {
-        self.sketch = make_sketch(values, indices, rest, scale);
+      .def("use_sketch", [](fanin::Block& self, SketchValues values, SketchOffsets offsets, Array<uint16_t, -1, -1> rest, Array<float, 2, -1> scale) {
+        self.sketch = make_sketch(values, offsets, rest, scale);
       }, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>());
   m.def("screen", [](const fanin::Block& block, ScreenValues coarse, ScreenValues fine, Array<float, 6, -1> scale) {
     nb::gil_scoped_release release;
     return fanin::screen(block, make_screen(coarse, fine, scale));
   });
-  m.def("sketch", [](const fanin::Block& block, SketchValues values, SketchIndices indices, Array<uint16_t, -1, -1> rest, Array<float, 2, -1> scale) {
+  m.def("sketch", [](const fanin::Block& block, SketchValues values, SketchOffsets offsets, Array<uint16_t, -1, -1> rest, Array<float, 2, -1> scale) {
     nb::gil_scoped_release release;
-    return fanin::sketch(block, make_sketch(values, indices, rest, scale));
+    return fanin::sketch(block, make_sketch(values, offsets, rest, scale));
   });
   m.def("sketched", &fanin::sketched);
   m.def("topk", [](const std::vector<fanin::Block>& blocks, Array<const float, -1, -1> x, int k, const std::vector<Array<const int64_t, -1>>& places,

@@ -6,9 +6,12 @@
 #include "gate.h"
 #include "loss.h"
 #include "screen.h"
+#include "screen_pairs.h"
+#include "screen_quads.h"
 #include "select.h"
 #include "simd.h"
 #include "sketch.h"
+#include "sketch_columns.h"
 #include "update.h"
 
 namespace fanin {
@@ -66,28 +69,33 @@ void topk_row(const Block& block, const Batch& x, const Rows8& rows8, int64_t be
 #endif
 
 template <class T>
-void topk(const Block& block, const Batch& x, [[maybe_unused]] const Rows8* rows8, const Rows16* rows16, int64_t begin, int64_t end,
-          Gate* gate, Best& best, float* scratch) {
+void topk(const Block& block, const Batch& x, const Looks& looks, int64_t begin, int64_t end, Gate* gate, Best& best, float* scratch) {
   const int G = block.group_size;
   const bool columns = along_batch(block, x);
   const uint16_t* open = gate ? gate->open : nullptr;
   float *z = scratch, *wf = z + (int64_t)G * x.ldx, *limit = wf + (columns ? (int64_t)block.fan_in * G : 0);
   if (gate) start(*gate, x.rows, begin * G, G);
 #if defined(FANIN_SCREENS)
-  if (rows8 && x.rows == 1) return topk_row<T>(block, x, *rows8, begin, end, gate, best, scratch);
+  if (looks.rows8 && x.rows == 1) return topk_row<T>(block, x, *looks.rows8, begin, end, gate, best, scratch);
 #endif
   for (int64_t n = begin; n < end; ++n) {
     if (gate && (n = next_group(*gate, x.rows, n, end, G)) == end) break;
     const Group<T> group(block, n);
-    if (rows8 || rows16) {
+#if defined(FANIN_AVX512VNNI)
+    if (looks.columns8) {
+      sketched_columns(block, x, *looks.columns8, n, group.values, group.index, group.bias, group.labels, open, best, scratch);
+      continue;
+    }
+#endif
+    if (looks.rows8 || looks.rows16) {
       uint8_t found[TOPK_ROWS];
       int count;
 #if defined(FANIN_SCREENS)
-      if (rows8)
-        count = candidate_rows(block, x, *rows8, n, best, limit, found);
+      if (looks.rows8)
+        count = candidate_rows(block, x, *looks.rows8, n, best, limit, found);
       else
 #endif
-        count = sketched_rows(block, *rows16, x.rows, n, best, found);
+        count = sketched_rows(block, *looks.rows16, x.rows, n, best, found);
       if (count == 0) continue;
       if (count <= x.rows / 4) {  // more are better off together
         for (int b = 0; b < x.rows; ++b) {
@@ -225,12 +233,12 @@ void backward(const Block& block, const Batch& x, const float* grad, int64_t beg
   }
 }
 
-void topk_any(const Block& block, const Batch& x, const Rows8* rows8, const Rows16* rows16, int64_t begin, int64_t end, Gate* gate,
-              Best& best, float* scratch) {
+void topk_any(const Block& block, const Batch& x, const Looks& looks, int64_t begin, int64_t end, Gate* gate, Best& best,
+              float* scratch) {
   switch (block.dtype) {
-    case DType::fp32: return topk<float>(block, x, rows8, rows16, begin, end, gate, best, scratch);
-    case DType::fp16: return topk<fp16>(block, x, rows8, rows16, begin, end, gate, best, scratch);
-    case DType::bf16: return topk<bf16>(block, x, rows8, rows16, begin, end, gate, best, scratch);
+    case DType::fp32: return topk<float>(block, x, looks, begin, end, gate, best, scratch);
+    case DType::fp16: return topk<fp16>(block, x, looks, begin, end, gate, best, scratch);
+    case DType::bf16: return topk<bf16>(block, x, looks, begin, end, gate, best, scratch);
   }
 }
 
@@ -279,6 +287,14 @@ void backward_any(const Block& block, const Batch& x, const float* grad, int64_t
   }
 }
 
+#if defined(FANIN_AVX512VNNI)
+constexpr bool COLUMNS8 = true;
+constexpr int SKETCHED_EIGHTHS = 7;  // several rows look together: what fewer leave to be scored they pay for
+#else
+constexpr bool COLUMNS8 = false;
+constexpr int SKETCHED_EIGHTHS = 6;
+#endif
+
 }  // namespace
 }  // namespace FANIN_LEVEL
 
@@ -287,7 +303,7 @@ void backward_any(const Block& block, const Batch& x, const float* grad, int64_t
 #define FANIN_STRING_(a) #a
 #define FANIN_STRING(a) FANIN_STRING_(a)
 
-const Kernels FANIN_CAT(kernels_, FANIN_LEVEL) = {FANIN_STRING(FANIN_LEVEL), FANIN_LEVEL::topk_any, FANIN_LEVEL::screen_any, FANIN_LEVEL::sketch_any,
+const Kernels FANIN_CAT(kernels_, FANIN_LEVEL) = {FANIN_STRING(FANIN_LEVEL), FANIN_LEVEL::COLUMNS8, FANIN_LEVEL::SKETCHED_EIGHTHS, FANIN_LEVEL::topk_any, FANIN_LEVEL::screen_any, FANIN_LEVEL::sketch_any,
                                                   FANIN_LEVEL::scores_any, FANIN_LEVEL::train_any, FANIN_LEVEL::backward_any};
 
 }  // namespace fanin

@@ -25,15 +25,15 @@ constexpr int MAX_SCREENED_FAN_IN = 128;  // units are too coarse beyond
 
 // The heaviest connections of a private block's labels, see sketch.h.
 struct Sketch {
-  int8_t* values;     // [N, sketched(K) / 2, G, 2], q; null where a block has none
-  uint16_t* indices;  // the same
+  int kept;           // K', connections of a label, an even number
+  int8_t* values;     // [N, K' / 2, G, 2], q; null where a block has none
+  uint16_t* offsets;  // the same, 2 · input
   uint16_t* rest;     // [N, G], bf16, the norm of the weights not kept
   float* unit;        // [N], of the group's weights
   float* error;       // [N], the greatest ‖e‖ of the group
 };
 
-constexpr int MIN_SKETCHED_FAN_IN = 16, MAX_SKETCHED_FAN_IN = 256;
-inline int sketched(int fan_in) { return (3 * fan_in / 4 + 1) / 2 * 2; }
+constexpr int MIN_SKETCHED_FAN_IN = 16, MAX_SKETCHED_FAN_IN = 256, MAX_SKETCHED_WIDTH = 32767;
 
 struct Block {
   Connectivity connectivity;
@@ -64,9 +64,23 @@ struct Rows8 {
 
 // The rows of a batch in 16 bits, for a block with a sketch.
 struct Rows16 {
-  const int16_t* x;    // [B, D + 1], v; the last of a row is only there to be read
-  const float* unit;   // [B]
-  const float* norms;  // [B, 2] of the row's largest inputs: as many as the block's sketch has of a label, and as it lacks
+  const int16_t* x;       // [B, D + 1], v; the last of a row is only there to be read
+  const float* unit;      // [B]
+  const float* norms[2];  // [B] of the row's largest inputs: as many as the block's sketch has of a label, and as it lacks
+};
+
+// The rows of a batch in 8 bits, for a block with a sketch, where the batch lies along the vectors. All but the bytes are of [ldx].
+struct Columns8 {
+  const uint8_t* x;       // [ldx / 16, D, 16], v + 128
+  const float* unit;
+  const float* norms[2];  // of the row's largest inputs: as many as the block's sketch has of a label, and as it lacks
+};
+
+// What a top-k's first looks read of a batch; null where there are none.
+struct Looks {
+  const Rows8* rows8;
+  const Rows16* rows16;
+  const Columns8* columns8;
 };
 
 // The k best of each row so far: one min-heap per row. threshold[b] is what a score must exceed; +inf in padding rows.
@@ -116,9 +130,10 @@ struct Step {
 // All work on groups [begin, end). `scratch` holds scratch_floats() floats, 64-byte aligned, one per thread.
 struct Kernels {
   const char* name;
-  // The gate may be null: then every label is allowed. So may the rows in 8 bits, then the block's screen is not used, and those in
-  // 16, then its sketch is not.
-  void (*topk)(const Block&, const Batch&, const Rows8*, const Rows16*, int64_t begin, int64_t end, Gate*, Best&, float* scratch);
+  bool columns8;       // whether several rows look at a sketch in 8 bits
+  int sketched_eighths;  // of a label's connections that a sketch keeps
+  // The gate may be null: then every label is allowed.
+  void (*topk)(const Block&, const Batch&, const Looks&, int64_t begin, int64_t end, Gate*, Best&, float* scratch);
   // False where a block's numbers do not fit. Null where the instruction set has no fast products of 8 bits.
   bool (*screen)(const Block&, int64_t begin, int64_t end, const Screen&, float* scratch);
   bool (*sketch)(const Block&, int64_t begin, int64_t end, const Sketch&, float* scratch);
@@ -142,7 +157,7 @@ inline int64_t scratch_floats(const Block& block, int ldx) {
 
 extern const Kernels kernels_scalar;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2, kernels_avx512;
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512vnni;
 #elif defined(__aarch64__)
 extern const Kernels kernels_neon;
 #endif

@@ -26,8 +26,10 @@ std::vector<const Kernels*> available() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) list.push_back(&kernels_avx512vnni);
     list.push_back(&kernels_avx512);
+  }
   if (avx2) list.push_back(&kernels_avx2);
 #elif defined(__aarch64__)
   list.push_back(&kernels_neon);
@@ -109,41 +111,70 @@ class Bytes {
   Rows8 rows_{};
 };
 
-// The rows of a batch in 16 bits for one block, and the norms of their largest inputs; none when no row will ask for them or a number
-// is too large.
-class Words {
+// The rows of a batch for a block with a sketch: in 8 bits with the batch along the vectors, or in 16. None when no row will ask for
+// them or a number is too large.
+class Sketched {
  public:
-  Words(const Block& block, const Batch& batch) {
-    if (!block.sketch.values || batch.rows >= PRIVATE_BATCH) return;
-    const int width = block.width, kept = sketched(block.fan_in);  // more than half
+  Sketched(const Block& block, const Batch& batch) {
+    const bool columns = kernels().columns8 && batch.rows > 1;
+    if (!block.sketch.values || (!columns && batch.rows >= PRIVATE_BATCH)) return;
+    const int width = block.width, kept = block.sketch.kept;  // more than half
+    unit_.assign(batch.ldx, 1.0f);
+    for (auto& norms : norms_) norms.assign(batch.ldx, 0.0f);
     std::vector<double> squares(width);
     for (int b = 0; b < batch.rows; ++b) {
       const float* x = batch.x + (int64_t)b * width;
       std::transform(x, x + width, squares.begin(), [](double a) { return a * a; });
       std::partial_sort(squares.begin(), squares.begin() + kept, squares.end(), std::greater<>());
-      for (const int count : {kept, block.fan_in - kept}) {
+      for (const bool rest : {false, true}) {
+        const int count = rest ? block.fan_in - kept : kept;
         const double norm = std::sqrt(std::accumulate(squares.begin(), squares.begin() + count, 0.0));
         if (!(norm < LARGEST_SCREENED)) return;
-        norms_.push_back((float)(norm * (1 + 0x1p-12)) + SMALLEST_UNIT);
+        norms_[rest][b] = (float)(norm * (1 + 0x1p-12)) + SMALLEST_UNIT;
       }
-      unit_.push_back(std::max((float)std::sqrt(squares[0]) / 32766, SMALLEST_UNIT));
-      for (int d = 0; d < width; ++d) x_.push_back((int16_t)std::lrint(x[d] / unit_[b]));
-      x_.push_back(0);
+      unit_[b] = std::max((float)std::sqrt(squares[0]) / (columns ? 126.99f : 32766), SMALLEST_UNIT);
     }
-    rows_ = {x_.data(), unit_.data(), norms_.data()};
+    if (columns) {
+      bytes_.resize((size_t)width * batch.ldx);
+      for (int b = 0; b < batch.ldx; ++b)
+        for (int d = 0; d < width; ++d) {
+          const float x = b < batch.rows ? batch.x[(int64_t)b * width + d] : 0.0f;
+          bytes_[((size_t)(b / 16) * width + d) * 16 + b % 16] = (uint8_t)(std::lrint(x / unit_[b]) + 128);
+        }
+      columns8_ = {bytes_.data(), unit_.data(), {norms_[0].data(), norms_[1].data()}};
+    } else {
+      for (int b = 0; b < batch.rows; ++b) {
+        for (int d = 0; d < width; ++d) words_.push_back((int16_t)std::lrint(batch.x[(int64_t)b * width + d] / unit_[b]));
+        words_.push_back(0);
+      }
+      rows16_ = {words_.data(), unit_.data(), {norms_[0].data(), norms_[1].data()}};
+    }
   }
-  const Rows16* rows() const { return rows_.x ? &rows_ : nullptr; }
+  const Rows16* rows16() const { return rows16_.x ? &rows16_ : nullptr; }
+  const Columns8* columns8() const { return columns8_.x ? &columns8_ : nullptr; }
 
  private:
-  std::vector<int16_t> x_;
-  std::vector<float> unit_, norms_;
-  Rows16 rows_{};
+  std::vector<int16_t> words_;
+  std::vector<uint8_t> bytes_;
+  std::vector<float> unit_, norms_[2];
+  Rows16 rows16_{};
+  Columns8 columns8_{};
 };
 
 // Contiguous slices, one per thread: the same sums in the same order for the same number of threads.
 template <class Work>
 void by_slice(int64_t groups, int workers, Work work) {
   parallel(workers, [&](int t) { work(t, groups * t / workers, groups * (t + 1) / workers); });
+}
+
+// A long preparation in parts of some milliseconds, between which other calls get their turn.
+template <class Work>
+void by_part(int64_t groups, Work work) {
+  constexpr int64_t PART = 4096;
+  for (int64_t from = 0; from < groups; from += PART) {
+    const int64_t count = std::min(PART, groups - from);
+    by_slice(count, workers_for(count), [&](int, int64_t begin, int64_t end) { work(from + begin, from + end); });
+  }
 }
 
 }  // namespace
@@ -189,8 +220,8 @@ void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, con
       batch.xt = xt.get();
     }
     const Bytes bytes(blocks, batch);
-    std::vector<std::unique_ptr<const Words>> words;
-    for (const auto& block : blocks) words.push_back(std::make_unique<const Words>(block, batch));
+    std::vector<Sketched> sketches;
+    for (const auto& block : blocks) sketches.emplace_back(block, batch);
     std::vector<float> best_scores((size_t)workers * part * k), thresholds((size_t)workers * batch.ldx);
     std::vector<int32_t> best_labels((size_t)workers * part * k);
     std::vector<int> counts((size_t)workers * part);
@@ -212,8 +243,8 @@ void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, con
           gate.rows = gated ? &allowed[row] : nullptr, gate.first = place;
           gate.next = gate_next.data() + (size_t)t * part, gate.open = gate_open.data() + (size_t)t * part * (largest / 16);
           if (from < to)
-            run.topk(block, batch, bytes.of(block), words[i]->rows(), from, to, gated ? &gate : nullptr, best,
-                     scratches[t].get());
+            run.topk(block, batch, {bytes.of(block), sketches[i].rows16(), sketches[i].columns8()}, from, to,
+                     gated ? &gate : nullptr, best, scratches[t].get());
           offset += block.groups;
           place += block.groups * block.group_size;
         }
@@ -241,18 +272,21 @@ void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, con
 bool screen(const Block& block, const Screen& out) {
   if (!kernels().screen || block.connectivity != Connectivity::shared || block.fan_in > MAX_SCREENED_FAN_IN) return false;
   std::atomic<bool> fits{true};
-  by_slice(block.groups, workers_for(block.groups), [&](int, int64_t begin, int64_t end) {
+  by_part(block.groups, [&](int64_t begin, int64_t end) {
     Floats scratch((int64_t)(block.fan_in + 4) * block.group_size);
     if (!kernels().screen(block, begin, end, out, scratch.get())) fits = false;
   });
   return fits;
 }
 
+int sketched(int fan_in) { return (kernels().sketched_eighths * fan_in / 8 + 1) / 2 * 2; }
+
 bool sketch(const Block& block, const Sketch& out) {
-  if (block.connectivity != Connectivity::private_ || block.fan_in < MIN_SKETCHED_FAN_IN || block.fan_in > MAX_SKETCHED_FAN_IN)
+  if (block.connectivity != Connectivity::private_ || block.fan_in < MIN_SKETCHED_FAN_IN || block.fan_in > MAX_SKETCHED_FAN_IN ||
+      block.width > MAX_SKETCHED_WIDTH)
     return false;
   std::atomic<bool> fits{true};
-  by_slice(block.groups, workers_for(block.groups), [&](int, int64_t begin, int64_t end) {
+  by_part(block.groups, [&](int64_t begin, int64_t end) {
     Floats scratch((int64_t)block.fan_in * block.group_size);
     if (!kernels().sketch(block, begin, end, out, scratch.get())) fits = false;
   });

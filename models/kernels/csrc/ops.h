@@ -18,6 +18,8 @@ void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, con
           int32_t* labels);
 // Fills in the block's screen; false where it can have none on this machine.
 bool screen(const Block& block, const Screen& out);
+// Connections of a label that a sketch keeps with this instruction set.
+int sketched(int fan_in);
 // Fills in the block's sketch; false where it can have none.
 bool sketch(const Block& block, const Sketch& out);
 void scores(const Block& block, const float* x, int rows, float* out);

@@ -40,6 +40,7 @@ struct fp16 { uint16_t bits; };
 
 FANIN_INLINE vf broadcast(float s) { return s - vf{}; }
 FANIN_INLINE vu broadcast(uint32_t s) { return s - vu{}; }
+FANIN_INLINE vi broadcast(int32_t s) { return s - vi{}; }
 
 FANIN_INLINE vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
 FANIN_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
@@ -128,27 +129,28 @@ FANIN_INLINE vf gather(const float* base, const uint16_t* index) {
 #endif
 }
 
-// w[0] · x[index[0]] + w[1] · x[index[1]], and so on, for W pairs. x can be read one number further than any index says.
-FANIN_INLINE vi gathered_pairs(const int16_t* x, const uint16_t* index, const int8_t* w) {
+// w[0] · x[offset[0]] + w[1] · x[offset[1]], and so on, for W pairs, with offsets in bytes. x can be read one number further.
+FANIN_INLINE vi gathered_pairs(const int16_t* x, const uint16_t* offset, const int8_t* w) {
+  [[maybe_unused]] const auto at = [x](uint64_t bytes) { return (const int16_t*)((const char*)x + bytes); };
 #if defined(FANIN_AVX512)
-  const __m512i pairs = _mm512_loadu_si512(index);
-  const __m512i first = _mm512_i32gather_epi32(_mm512_and_si512(pairs, _mm512_set1_epi32(0xFFFF)), x, 2);
-  const __m512i second = _mm512_i32gather_epi32(_mm512_srli_epi32(pairs, 16), x, 2);
+  const __m512i pairs = _mm512_loadu_si512(offset);
+  const __m512i first = _mm512_i32gather_epi32(_mm512_and_si512(pairs, _mm512_set1_epi32(0xFFFF)), x, 1);
+  const __m512i second = _mm512_i32gather_epi32(_mm512_srli_epi32(pairs, 16), x, 1);
   const __m512i both = _mm512_mask_blend_epi16(0xAAAAAAAA, first, _mm512_slli_epi32(second, 16));
   return (vi)_mm512_madd_epi16(both, _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w)));
-#elif defined(FANIN_AVX2)  // two chains of insertions for eight numbers are faster than one, indices read by four faster than one by one
+#elif defined(FANIN_AVX2)  // two chains of insertions for eight numbers are faster than one, offsets read by four faster than one by one
   __m128i half[2];
-  for (int i = 0; i < 2; ++i, index += 8) {
+  for (int i = 0; i < 2; ++i, offset += 8) {
     __m128i quarter[2];
     for (int j = 0; j < 2; ++j) {
       uint64_t four;
-      std::memcpy(&four, index + 4 * j, 8);
+      std::memcpy(&four, offset + 4 * j, 8);
       asm("" : "+r"(four));  // else GCC reads them one by one
       const uint32_t low = (uint32_t)four, high = (uint32_t)(four >> 32);
-      quarter[j] = _mm_loadu_si32(x + (uint16_t)low);
-      quarter[j] = _mm_insert_epi16(quarter[j], x[low >> 16], 1);
-      quarter[j] = _mm_insert_epi16(quarter[j], x[(uint16_t)high], 2);
-      quarter[j] = _mm_insert_epi16(quarter[j], x[high >> 16], 3);
+      quarter[j] = _mm_loadu_si32(at((uint16_t)low));
+      quarter[j] = _mm_insert_epi16(quarter[j], *at(low >> 16), 1);
+      quarter[j] = _mm_insert_epi16(quarter[j], *at((uint16_t)high), 2);
+      quarter[j] = _mm_insert_epi16(quarter[j], *at(high >> 16), 3);
     }
     half[i] = _mm_unpacklo_epi64(quarter[0], quarter[1]);
   }
@@ -156,7 +158,7 @@ FANIN_INLINE vi gathered_pairs(const int16_t* x, const uint16_t* index, const in
   return (vi)_mm256_madd_epi16(_mm256_set_m128i(half[1], half[0]), weights);
 #else
   vi sums;
-  for (int i = 0; i < W; ++i) sums[i] = w[2 * i] * x[index[2 * i]] + w[2 * i + 1] * x[index[2 * i + 1]];
+  for (int i = 0; i < W; ++i) sums[i] = w[2 * i] * *at(offset[2 * i]) + w[2 * i + 1] * *at(offset[2 * i + 1]);
   return sums;
 #endif
 }
@@ -235,6 +237,35 @@ FANIN_INLINE bool any(vs found) {
   return !_mm256_testz_si256((__m256i)found, (__m256i)found);
 #endif
 }
+#endif
+
+#if defined(FANIN_AVX512VNNI)
+// sum + the products of each lane's four bytes, w unsigned and x signed.
+FANIN_INLINE vi add_quad_products(vi sum, vu w, vu x) { return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x); }
+
+// The sixteen bytes of each: a[0], b[0], c[0], d[0], a[1], …
+FANIN_INLINE vu interleaved(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
+  alignas(64) static constexpr uint8_t place[64] = {
+      0, 16, 32, 48, 1, 17, 33, 49, 2,  18, 34, 50, 3,  19, 35, 51, 4,  20, 36, 52, 5,  21, 37, 53, 6,  22, 38, 54, 7,  23, 39, 55,
+      8, 24, 40, 56, 9, 25, 41, 57, 10, 26, 42, 58, 11, 27, 43, 59, 12, 28, 44, 60, 13, 29, 45, 61, 14, 30, 46, 62, 15, 31, 47, 63};
+  const auto sixteen = [](const uint8_t* p) { return _mm_loadu_si128((const __m128i*)p); };
+  __m512i all = _mm512_castsi128_si512(sixteen(a));
+  all = _mm512_mask_broadcast_i32x4(all, 0x00F0, sixteen(b));
+  all = _mm512_mask_broadcast_i32x4(all, 0x0F00, sixteen(c));
+  all = _mm512_mask_broadcast_i32x4(all, 0xF000, sixteen(d));
+  return (vu)_mm512_permutexvar_epi8(_mm512_load_si512(place), all);
+}
+
+// Sixteen numbers of 16 bits, each in 32.
+FANIN_INLINE vu widened(const uint8_t* p) { return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+
+FANIN_INLINE float decoded(float a) { return a; }
+FANIN_INLINE float decoded(bf16 a) { const uint32_t bits = (uint32_t)a.bits << 16; float f; std::memcpy(&f, &bits, 4); return f; }
+FANIN_INLINE float decoded(fp16 a) { return _cvtsh_ss(a.bits); }
+
+FANIN_INLINE vu absolute_bytes(vu a) { return (vu)_mm512_abs_epi8((__m512i)a); }
+FANIN_INLINE vi maximum(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+FANIN_INLINE bool any_positive(vi a) { return _mm512_cmpgt_epi32_mask((__m512i)a, _mm512_setzero_si512()); }
 #endif
 
 FANIN_INLINE vf square_root(vf a) {

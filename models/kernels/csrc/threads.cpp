@@ -61,7 +61,8 @@ double cpu_quota() {
 class Pool {
  public:
   void run(int count, const std::function<void(int)>& work) {
-    std::unique_lock turn(turn_);
+    std::unique_lock next(next_), turn(turn_);  // who calls again and again does not keep the one that waits from its turn
+    next.unlock();
     resize(count - 1);
     {
       std::lock_guard lock(mutex_);
@@ -103,7 +104,7 @@ class Pool {
     }
   }
 
-  std::mutex turn_, mutex_;
+  std::mutex next_, turn_, mutex_;
   std::condition_variable start_, done_;
   std::vector<std::thread> workers_;
   const std::function<void(int)>* work_ = nullptr;
