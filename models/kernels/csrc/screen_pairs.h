@@ -49,8 +49,12 @@ FANIN_INLINE uint64_t screen_tile(const Block& block, int64_t n, const int16_t* 
   }
   uint64_t found = 0;
   if (!any(one)) return found;  // as a rule
-  for (int b = 0; b < BT; ++b)
-    if (any(above[b])) found |= (uint64_t)passes_again<NV>(block, n, g, x.of(row + b), sum[b]) << (row + b);
+  for (int b = 0; b < BT; ++b) {
+    if (!any(above[b])) continue;
+    vs first[NV];  // a copy, so that the sums can stay in registers
+    for (int v = 0; v < NV; ++v) first[v] = sum[b][v];
+    found |= (uint64_t)passes_again<NV>(block, n, g, x.of(row + b), first) << (row + b);
+  }
   return found;
 }
 

@@ -70,7 +70,9 @@ template <int NV>
 // Which of BT rows may have one of their k best among NV vectors of labels from g on, a bit for each. c [2 · ⌈K/8⌉, G]
 template <int NV, int BT>
 FANIN_INLINE uint64_t screen_quads(const Block& block, int64_t n, const uint32_t* c, int g, const QuadInputs& x, int row) {
-  vi sum[BT][NV] = {};
+  vi sum[BT][NV];
+  for (int b = 0; b < BT; ++b)
+    for (int v = 0; v < NV; ++v) sum[b][v] = vi{};
   for (int q = 0; q < quads(block); ++q) {
     vu w[NV];
     for (int v = 0; v < NV; ++v) w[v] = load(c + (int64_t)q * block.group_size + g + v * W);
@@ -87,8 +89,12 @@ FANIN_INLINE uint64_t screen_quads(const Block& block, int64_t n, const uint32_t
   }
   uint64_t found = 0;
   if (!any_positive(one)) return found;  // as a rule
-  for (int b = 0; b < BT; ++b)
-    if (any_positive(most[b])) found |= (uint64_t)passes_quads_again<NV>(block, n, g, x, row + b, sum[b]) << (row + b);
+  for (int b = 0; b < BT; ++b) {
+    if (!any_positive(most[b])) continue;
+    vi first[NV];  // a copy, so that the sums can stay in registers
+    for (int v = 0; v < NV; ++v) first[v] = sum[b][v];
+    found |= (uint64_t)passes_quads_again<NV>(block, n, g, x, row + b, first) << (row + b);
+  }
   return found;
 }
 
