@@ -152,6 +152,20 @@ def test_two_python_threads_may_call_at_once(level: str) -> None:
                 np.testing.assert_array_equal(ours, theirs)
 
 
+def test_a_screen_is_made_in_parts_between_which_others_have_their_turn() -> None:
+    """So that requests are answered while a reload prepares the next model."""
+    large = random_block(Shape(1, 32, 300_000, 32, 32), "shared", "bf16")
+    small, x = head_of(random_block(SHAPE, "shared", "bf16")), random_input(SHAPE)
+    cpu.set_threads(2)
+    answered = 0
+    with ThreadPoolExecutor(1) as pool:
+        preparing = pool.submit(lambda: [cpu.screen(large) for _ in range(20)])
+        while not preparing.done():
+            kernels.topk(x, small, 10)
+            answered += not preparing.done()
+    assert answered > 20  # one for each screen and more: had it to wait for whole screens, at most one
+
+
 def test_a_forked_child_may_call_too() -> None:
     """The child has none of the parent's worker threads; it must make its own, not wait for them."""
     head, x = head_of(random_block(SHAPE, "shared", "bf16")), random_input(SHAPE)

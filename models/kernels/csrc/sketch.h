@@ -65,7 +65,7 @@ bool make_sketch(const Block& block, int64_t begin, int64_t end, const Sketch& o
   return true;
 }
 
-// The processor fetches the walk's next lines itself, but not far enough: a quarter of the time for one row (Emerald Rapids).
+// The processor fetches ahead too, but not far enough: this saves a fifth of the time for one row (Emerald Rapids).
 FANIN_INLINE void prefetch_sketch(const Block& block, int64_t n) {
   const int64_t count = (int64_t)block.sketch.kept * block.group_size, from = (n + 2) * count;
   for (int64_t i = 0; i < count; i += 64) __builtin_prefetch(block.sketch.values + from + i);
