@@ -19,7 +19,8 @@ from models.kernels import Positives, cpu
 T = TypeVar("T")
 CONNECTIVITIES = ("dense", "shared", "private")
 DTYPES = ("fp32", "fp16", "bf16")
-SCREENING = [level for level in cpu.LEVELS if level in ("avx2", "avx512", "avx512vnni")]  # where shared blocks have a first look in few bits
+# Where shared blocks have a first look in few bits.
+SCREENING = [level for level in cpu.LEVELS if level in ("avx2", "avx512", "avx512vnni")]
 
 # Above other parameters, so that the instruction sets of one case follow each other and share its truth (three_ways).
 each_level = pytest.mark.parametrize("level", cpu.LEVELS, indirect=True)
