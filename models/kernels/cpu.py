@@ -1,8 +1,9 @@
-"""The head's operations in C++ (csrc/), for x86-64 (AVX-512 with VNNI and without, AVX2) and aarch64 (NEON), with a scalar form for
-all others.
+"""The head's operations in C++ (csrc/), for x86-64 (AVX-512 with VNNI and without, AVX2) and aarch64 (NEON), with a scalar form
+for all others.
 
-The instruction set is the best this machine has; FANIN_CPU_LEVEL=avx512vnni|avx512|avx2|neon|scalar forces one. All cores the
-process may use take part (affinity mask and cgroup quota); FANIN_THREADS=N or `set_threads` changes that. Calls let go of the GIL.
+The instruction set is the best this machine has; FANIN_CPU_LEVEL=avx512vnni|avx512|avx2|neon|scalar forces one. All cores that
+the process may use take part (affinity mask and cgroup quota); FANIN_THREADS=N or `set_threads` changes that. Calls let go of
+the GIL.
 """
 
 from __future__ import annotations
