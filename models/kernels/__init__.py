@@ -25,9 +25,10 @@ __all__ = [
 def screen(head: Head) -> list[Screen | Sketch | None]:
     """For each block what makes `topk` faster, or None, for as long as the weights stay as they are.
 
-    Shared blocks of a fan-in of at most 128, on a processor with AVX2 or AVX-512, have their weights in 6 bits: three eighths
-    of a bf16 block's memory. Private blocks of a fan-in from 16 to 256 have their heaviest connections with weights in 8 bits,
-    used for up to 7 rows: a little more than half of a bf16 block's memory. The first take about 0.15 s for a million
+    Shared blocks of a fan-in of at most 128, on a processor with AVX2 (groups of a multiple of 16) or AVX-512 (of 32), have
+    their weights in 6 bits: three eighths of a bf16 block's memory. Private blocks of a fan-in from 16 to 256 and a width of
+    at most 32,768 have their heaviest connections with weights in 8 bits: a little more than half of a bf16 block's memory,
+    used for up to 7 rows, and with AVX-512 VNNI two thirds, used for any number. The first take about 0.15 s for a million
     labels, the second, whose weights are compared with each other, about half a second.
     """
     return [_compiled().screen(block) for block in head.blocks]

@@ -130,6 +130,38 @@ def test_what_has_none(level: str) -> None:
 
 
 @each_screening_level
+@pytest.mark.parametrize("B", [1, 3, 20])
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-19, 1e-15, 1e15])
+def test_very_small_and_very_large_numbers(scale: float, B: int, level: str) -> None:
+    shape = Shape(B, 100, 3_000, 32, 32)
+    block = random_block(shape, "shared", "fp32")
+    block = copy(block, values=(block.values * np.float32(scale)), bias=block.bias * 0)
+    for size in (1e-25, 1e-21, 1e-18, 1.0, 1e15):
+        assert_same(random_input(shape) * np.float32(size), head_of(block), 5)
+
+
+@pytest.mark.parametrize("connectivity", ["shared", "private"])
+@pytest.mark.parametrize("G", [16, 32, 48])
+def test_what_one_instruction_set_made_serves_another(G: int, connectivity: str) -> None:
+    """Or is left aside where it cannot."""
+    before = cpu.level()
+    try:
+        for B in (1, 5, 20):
+            shape = Shape(B, 100, 3_000, 32, G)
+            head, x = head_of(random_block(shape, connectivity, "bf16")), random_input(shape)
+            for made in cpu.LEVELS:
+                cpu.use_level(made)
+                screens = kernels.screen(head)
+                for used in cpu.LEVELS:
+                    cpu.use_level(used)
+                    expected = kernels.topk(x, head, 10)
+                    for ours, theirs in zip(kernels.topk(x, head, 10, screens=screens), expected, strict=True):
+                        np.testing.assert_array_equal(ours, theirs)
+    finally:
+        cpu.use_level(before)
+
+
+@each_screening_level
 def test_blocks_with_and_without_one_make_one_answer(level: str) -> None:
     shape = Shape(9, 200, 3_000, 32, 32)
     blocks = [random_block(shape, c, "bf16", first=i * shape.L) for i, c in enumerate(("dense", "shared", "private", "shared"))]

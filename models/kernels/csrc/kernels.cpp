@@ -243,8 +243,8 @@ void topk_any(const Block& block, const Batch& x, const Looks& looks, int64_t be
 }
 
 #if defined(FANIN_SCREENS)
+constexpr int SCREEN_LANES = LANES;
 bool screen_any(const Block& block, int64_t begin, int64_t end, const Screen& out, float* scratch) {
-  if (block.group_size % LANES) return false;
   switch (block.dtype) {
     case DType::fp32: return make_screen<float>(block, begin, end, out, scratch);
     case DType::fp16: return make_screen<fp16>(block, begin, end, out, scratch);
@@ -253,6 +253,7 @@ bool screen_any(const Block& block, int64_t begin, int64_t end, const Screen& ou
   return false;
 }
 #else
+constexpr int SCREEN_LANES = 0;
 constexpr bool (*screen_any)(const Block&, int64_t, int64_t, const Screen&, float*) = nullptr;
 #endif
 
@@ -303,7 +304,8 @@ constexpr int SKETCHED_EIGHTHS = 6;
 #define FANIN_STRING_(a) #a
 #define FANIN_STRING(a) FANIN_STRING_(a)
 
-const Kernels FANIN_CAT(kernels_, FANIN_LEVEL) = {FANIN_STRING(FANIN_LEVEL), FANIN_LEVEL::COLUMNS8, FANIN_LEVEL::SKETCHED_EIGHTHS, FANIN_LEVEL::topk_any, FANIN_LEVEL::screen_any, FANIN_LEVEL::sketch_any,
+const Kernels FANIN_CAT(kernels_, FANIN_LEVEL) = {FANIN_STRING(FANIN_LEVEL), FANIN_LEVEL::SCREEN_LANES, FANIN_LEVEL::COLUMNS8, FANIN_LEVEL::SKETCHED_EIGHTHS,
+                                                  FANIN_LEVEL::topk_any, FANIN_LEVEL::screen_any, FANIN_LEVEL::sketch_any,
                                                   FANIN_LEVEL::scores_any, FANIN_LEVEL::train_any, FANIN_LEVEL::backward_any};
 
 }  // namespace fanin

@@ -33,7 +33,7 @@ struct Sketch {
   float* error;       // [N], the greatest ‖e‖ of the group
 };
 
-constexpr int MIN_SKETCHED_FAN_IN = 16, MAX_SKETCHED_FAN_IN = 256, MAX_SKETCHED_WIDTH = 32767;
+constexpr int MIN_SKETCHED_FAN_IN = 16, MAX_SKETCHED_FAN_IN = 256, MAX_SKETCHED_WIDTH = 32768;
 
 struct Block {
   Connectivity connectivity;
@@ -130,11 +130,12 @@ struct Step {
 // All work on groups [begin, end). `scratch` holds scratch_floats() floats, 64-byte aligned, one per thread.
 struct Kernels {
   const char* name;
-  bool columns8;       // whether several rows look at a sketch in 8 bits
+  int screen_lanes;      // groups that have a screen are multiples of it; 0 where the instruction set has no fast products of 8 bits
+  bool columns8;         // whether several rows look at a sketch in 8 bits
   int sketched_eighths;  // of a label's connections that a sketch keeps
   // The gate may be null: then every label is allowed.
   void (*topk)(const Block&, const Batch&, const Looks&, int64_t begin, int64_t end, Gate*, Best&, float* scratch);
-  // False where a block's numbers do not fit. Null where the instruction set has no fast products of 8 bits.
+  // False where a block's numbers do not fit.
   bool (*screen)(const Block&, int64_t begin, int64_t end, const Screen&, float* scratch);
   bool (*sketch)(const Block&, int64_t begin, int64_t end, const Sketch&, float* scratch);
   void (*scores)(const Block&, const Batch&, int64_t begin, int64_t end, float* out, float* scratch);

@@ -80,6 +80,10 @@ void reduce_transposed(const std::vector<Floats>& parts, int rows, int width, in
     }
 }
 
+bool screened(const Block& block) {
+  return kernels().screen_lanes && block.group_size % kernels().screen_lanes == 0;
+}
+
 // The rows of a batch in 8 bits; none when no block has a screen or a number is too large.
 class Bytes {
  public:
@@ -102,7 +106,9 @@ class Bytes {
     inverse_.resize(ldx, 1.0f);
     rows_ = {x_.data(), figures_.data(), inverse_.data()};
   }
-  const Rows8* of(const Block& block) const { return rows_.x && block.screen.coarse ? &rows_ : nullptr; }
+  const Rows8* of(const Block& block) const {  // a screen may be another instruction set's
+    return rows_.x && block.screen.coarse && screened(block) ? &rows_ : nullptr;
+  }
 
  private:
   std::vector<int8_t> x_;
@@ -169,10 +175,10 @@ void by_slice(int64_t groups, int workers, Work work) {
 
 // A long preparation in parts of some milliseconds, between which other calls get their turn.
 template <class Work>
-void by_part(int64_t groups, Work work) {
-  constexpr int64_t PART = 4096;
-  for (int64_t from = 0; from < groups; from += PART) {
-    const int64_t count = std::min(PART, groups - from);
+void by_part(const Block& block, Work work) {
+  const int64_t part = std::max(1, (1 << 22) / (block.fan_in * block.group_size));
+  for (int64_t from = 0; from < block.groups; from += part) {
+    const int64_t count = std::min(part, block.groups - from);
     by_slice(count, workers_for(count), [&](int, int64_t begin, int64_t end) { work(from + begin, from + end); });
   }
 }
@@ -270,9 +276,10 @@ void topk(const std::vector<Block>& blocks, const float* x, int rows, int k, con
 }
 
 bool screen(const Block& block, const Screen& out) {
-  if (!kernels().screen || block.connectivity != Connectivity::shared || block.fan_in > MAX_SCREENED_FAN_IN) return false;
+  if (!screened(block) || block.connectivity != Connectivity::shared || block.fan_in > MAX_SCREENED_FAN_IN) return false;
   std::atomic<bool> fits{true};
-  by_part(block.groups, [&](int64_t begin, int64_t end) {
+  by_part(block, [&](int64_t begin, int64_t end) {
+    if (!fits) return;
     Floats scratch((int64_t)(block.fan_in + 4) * block.group_size);
     if (!kernels().screen(block, begin, end, out, scratch.get())) fits = false;
   });
@@ -286,7 +293,8 @@ bool sketch(const Block& block, const Sketch& out) {
       block.width > MAX_SKETCHED_WIDTH)
     return false;
   std::atomic<bool> fits{true};
-  by_part(block.groups, [&](int64_t begin, int64_t end) {
+  by_part(block, [&](int64_t begin, int64_t end) {
+    if (!fits) return;
     Floats scratch((int64_t)block.fan_in * block.group_size);
     if (!kernels().sketch(block, begin, end, out, scratch.get())) fits = false;
   });

@@ -19,6 +19,8 @@ namespace fanin {
 namespace FANIN_LEVEL {
 namespace {
 
+static_assert(TOPK_ROWS <= 64);  // a bit for each row
+
 constexpr int LANES = 2 * W;  // of 16 bits
 constexpr int AHEAD = 6;      // groups fetched before they are looked at
 constexpr int TOGETHER = 4;   // groups of one row looked at together; more would let memory wait in between
@@ -86,8 +88,9 @@ bool make_screen(const Block& block, int64_t begin, int64_t end, const Screen& o
 // What sums of group n must exceed: a score above the threshold, less what the sum may be short of, less the rounding of scores in
 // fp32. For a vector of rows, or of groups n, n + 1, …
 FANIN_INLINE vf needed(vf inverse, vf bias, vf margin, vf rest, vf threshold, vf row_inverse, vf norm) {
-  const vf distance = threshold - absolute(threshold) * 0x1p-20f - bias;
-  const vf least = distance * (row_inverse * inverse) - (rest * norm + margin);
+  // 1e-36: numbers too small for fp32 to round by size. The two units' product would leave fp32 where neither unit does.
+  const vf distance = threshold - absolute(threshold) * 0x1p-20f - bias - 1e-36f;
+  const vf least = distance * row_inverse * inverse - (rest * norm + margin);
   const vf above = least > -32768.0f ? least : vf{} - 32768.0f;  // also where it is not a number
   return above < 32767.0f ? above : vf{} + 32767.0f;
 }

@@ -25,8 +25,6 @@ struct RowInputs {
   Inputs of(int row) const { return {words + row, ldx, total[row], norm[row], inverse[row], threshold[row]}; }
 };
 
-static_assert(TOPK_ROWS <= 64);
-
 // Which of BT rows may have one of their k best among NV vectors of labels from g on, a bit for each.
 template <int NV, int BT>
 FANIN_INLINE uint64_t screen_tile(const Block& block, int64_t n, const int16_t* c, int g, const RowInputs& x, int row) {

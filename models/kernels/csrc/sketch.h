@@ -57,7 +57,7 @@ bool make_sketch(const Block& block, int64_t begin, int64_t end, const Sketch& o
       out.rest[n * G + g] = (uint16_t)((pattern + 0xFFFF) >> 16);  // bf16, rounded up
       error_most = error > error_most ? error : error_most;
     }
-    // Besides, what the kept products' sum may be off by in fp32, here and in the score: Σ |q·x| ≤ 128 · √K · ‖x'‖ is all it rounds.
+    // Besides, what the kept products' sum may be off by in fp32, here and in the score: Σ |q·x| ≤ 128 · √K · ‖x'‖, with room for what else it rounds.
     const double rounding = (double)unit * 128 * __builtin_sqrt((double)K) * K * 0x1p-22;
     out.unit[n] = unit;
     out.error[n] = (float)(__builtin_sqrt(error_most) * (1 + 0x1p-12) + rounding) + SMALLEST_UNIT;

@@ -3,6 +3,7 @@
 //
 // In units of a row, inputs are v + d with whole |v| ≤ 127 and |d| ≤ 1/2; the bounds are sketch.h's, with Σ|q| each label's own.
 #pragma once
+#include "forward.h"
 #include "kernels.h"
 #include "select.h"
 #include "simd.h"
@@ -40,6 +41,8 @@ void prepare_columns(const Block& block, int64_t n, const Columns& out) {
   }
 }
 
+static_assert(MAX_SKETCHED_FAN_IN <= LONG_SUM);  // or forward_columns would add partial sums
+
 // The label's scores for the 16 rows from b on, as forward_columns has them.
 template <class T>
 vf exact_column(const Block& block, const T* w, const uint16_t* index, const float* bias, int g, const Batch& x, int b) {
@@ -68,13 +71,14 @@ void sketched_columns(const Block& block, const Batch& x, const Columns8& x8, in
     const uint8_t* in = x8.x + (int64_t)b * block.width;
     const vf unit = load(x8.unit + b) * block.sketch.unit[n], norm = load(x8.norms[1] + b);
     const vf error = load(x8.norms[0] + b) * block.sketch.error[n] + 1e-36f;  // 1e-36: numbers too small for fp32 to round by size
+    uint32_t live = 0;  // rows that may give some label of the group
+    for (int i = 0; i < 16 && b + i < x.rows; ++i) {
+      uint32_t some = open == nullptr;
+      for (int j = 0; open && j < G / 16; ++j) some |= open[(int64_t)(b + i) * (G / 16) + j];
+      live |= (uint32_t)(some != 0) << i;
+    }
     const auto limit = [&] {
-      vf threshold = load(best.threshold + b);
-      for (int i = 0; open && i < 16 && b + i < x.rows; ++i) {  // a row that may give none of the group has no survivors
-        uint32_t some = 0;
-        for (int j = 0; j < G / 16; ++j) some |= open[(int64_t)(b + i) * (G / 16) + j];
-        if (!some) threshold[i] = __builtin_inff();
-      }
+      const vf threshold = load(best.threshold + b);
       return threshold - (absolute(threshold) * 0x1p-20f + error);
     };
     vf least = limit();
@@ -92,7 +96,7 @@ void sketched_columns(const Block& block, const Batch& x, const Columns8& x8, in
       }
       for (int l = 0; l < LABELS; ++l) {
         const vf most = __builtin_convertvector(sum[l], vf) * unit + (norm * rest[g + l] + columns.bias[g + l]);
-        uint32_t mask = greater(most, least);
+        uint32_t mask = greater(most, least) & live;
         if (!mask || labels[g + l] < 0) continue;
         const vf score = exact_column(block, w, index, bias, g + l, x, b);
         for (mask &= greater(score, load(best.threshold + b)); mask; mask &= mask - 1) {

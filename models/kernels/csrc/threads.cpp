@@ -61,7 +61,7 @@ double cpu_quota() {
 class Pool {
  public:
   void run(int count, const std::function<void(int)>& work) {
-    std::unique_lock next(next_), turn(turn_);  // who calls again and again does not keep the one that waits from its turn
+    std::unique_lock next(next_), turn(turn_);  // the one that waits is next, not who calls again at once
     next.unlock();
     resize(count - 1);
     {
