@@ -51,8 +51,9 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Looks away from now on; call it before the service is closed."""
+        """Looks away from now on; call it before the service and the event loop are closed."""
         self._stopped.set()
+        self._thread.join()
 
     def _run(self) -> None:
         while not self._stopped.wait(_TICK_S):

@@ -54,6 +54,14 @@ def test_a_stuck_engine_answers_503_to_all_and_ends_the_process(
     assert "in encode\n" in caplog.text  # where it is stuck
 
 
+def test_a_stopped_watchdog_asks_the_event_loop_nothing_more(serving: Serving) -> None:
+    """The loop is closed next; asking it then would put a traceback behind the server's last words."""
+    with serving() as local:
+        with watched(local):
+            assert "watchdog" in [thread.name for thread in threading.enumerate()]
+        assert "watchdog" not in [thread.name for thread in threading.enumerate()]
+
+
 def test_an_engine_that_dies_ends_the_process(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
     with serving() as local, watched(local) as ended:
         local.engine.poison = {length: SystemExit() for length in range(33)}
