@@ -206,6 +206,8 @@ class Encoder(nn.Module):
 
     def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """One vector per text, fp32 [B, H], from token ids and mask (1 token, 0 padding), both int64 [B, S]."""
+        if isinstance(self.transformer, BagOfWords) and input_ids.device.type == "cpu" and not torch.compiler.is_exporting():
+            return self.transformer.mean(input_ids, attention_mask)
         autocast = self._autocast and self.training  # what is evaluated is what is exported
         with torch.autocast(input_ids.device.type, torch.bfloat16) if autocast else nullcontext():
             output = self.transformer(input_ids=input_ids, attention_mask=attention_mask)

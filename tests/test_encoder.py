@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import (
     T5Model,
 )
 
+from models.bag_of_words import BagOfWords, BagOfWordsConfig
 from models.encoder import Encoder, EncoderConfig, EncoderError, Pooling
 from models.wordpiece import learn_wordpiece
 
@@ -338,6 +340,30 @@ def test_without_layers_it_is_a_bag_of_words() -> None:
     embedding[:, 0].sum().backward()
     moved = words.grad.abs().sum(dim=1).nonzero().flatten()
     assert set(moved.tolist()) == set(ids.flatten().tolist())
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_mean_of_a_bag_is_that_of_its_hidden_states(sparse: bool) -> None:
+    """Embeddings and gradients, of padded texts, of words that several texts have and one text twice, and of an empty text."""
+    torch.manual_seed(0)
+    bag = BagOfWords(BagOfWordsConfig(vocab_size=12, hidden_size=32))
+    bag.words.sparse = sparse
+    ids = torch.randint(1, 12, (6, 9))
+    mask = (torch.arange(9) < torch.tensor([[9], [1], [4], [0], [7], [9]])).long()
+    grad = torch.randn(6, 32)
+
+    def of_hidden_states(model: BagOfWords, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = model(ids * mask, mask).last_hidden_state
+        mean = (hidden * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        return mean, torch.autograd.grad(mean, model.words.weight, grad)[0].to_dense()
+
+    mean = bag.mean(ids * mask, mask)
+    words_grad = torch.autograd.grad(mean, bag.words.weight, grad)[0]
+    assert words_grad.is_sparse == sparse
+    plain = of_hidden_states(bag, grad)
+    truth = of_hidden_states(copy.deepcopy(bag).double(), grad.double())
+    for ours, reference, exact in zip((mean, words_grad.to_dense()), plain, truth, strict=True):
+        assert (ours - exact).abs().max() <= 2 * (reference - exact).abs().max() + 1e-7 * exact.abs().max()
 
 
 @pytest.mark.parametrize("pooling", ["cls", "last"])
