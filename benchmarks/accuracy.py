@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure
+from benchmarks import exported, measure
+from export.convert import DTYPES
 from train.flags import parse
 from train.runs import Run
 from train.settings import SettingsError, resumed
@@ -56,6 +57,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of the heads to train, of those of the table")
     parser.add_argument("--flags", default="", help="flags of python -m train for all runs, in one string")
     parser.add_argument("--sparse", default=SPARSE, metavar="FLAGS", help=f"the sparse head to compare; default: {SPARSE}")
+    parser.add_argument(
+        "--export-dtype",
+        choices=DTYPES,
+        help="sparse heads as `python -m export --head-dtype` packs them: their metrics and bytes (default: as trained)",
+    )
     parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results/accuracy.jsonl")
     args = parser.parse_args()
     heads = {"sparse": args.sparse, "dense": DENSE} if args.what == "compare" else ABLATIONS
@@ -66,11 +72,12 @@ def main() -> None:
         for seed in args.seeds:
             run = args.runs / f"{name.replace(' ', '-')}-{seed}"
             given = f"{args.flags} {flags}".strip()
+            dtype = None if name == "dense" else args.export_dtype
             try:
                 train(run, ["--data", str(args.data), "--cache", str(args.runs / "cache"), "--seed", str(seed)], given)
             except SettingsError as error:
                 parser.error(f"{run}: {error}")
-            rows.append({"data": args.data.name, "head": name, "seed": seed, "flags": given, **result(run)})
+            rows.append({"data": args.data.name, "head": name, "seed": seed, "flags": given, **result(run, dtype)})
             measure.show(rows[-1:])
     print(table(rows))
     if args.record:
@@ -87,19 +94,26 @@ def train(run: Path, common: list[str], flags: str) -> None:
     subprocess.run([sys.executable, "-m", "train", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
-def result(run: Path) -> dict[str, Any]:
-    """Metrics of the last evaluation of test, bytes of all that comes after the encoder, and minutes of the whole run."""
+def result(run: Path, dtype: str | None) -> dict[str, Any]:
+    """Metrics on test of the head in `dtype` (None: as trained), bytes of all behind the encoder, minutes of the run."""
     config, rows = Run(run).config(), Run(run).log.rows()
     assert config is not None
-    last = next(row for row in reversed(rows) if row["kind"] == "eval" and row["split"] == "test")
     model, settings = config["model"], config["settings"]
+    if dtype is None:
+        last, head_bytes = (
+            next(row for row in reversed(rows) if row["kind"] == "eval" and row["split"] == "test"),
+            model["head_bytes"],
+        )
+    else:
+        last, head_bytes = exported.metrics_on_test(run, dtype)
     width = model["embedding_width"]
     intermediate = 4 * (width + 1) * settings["intermediate"]
     dense = 4 * (width + 1) * model["labels"]
     return {
         **{name: round(last[name], 4) for name in METRICS},
-        "bytes": model["head_bytes"] + intermediate,
-        "share_of_dense_fp32": round((model["head_bytes"] + intermediate) / dense, 4),
+        **({"exported": dtype} if dtype else {}),
+        "bytes": head_bytes + intermediate,
+        "share_of_dense_fp32": round((head_bytes + intermediate) / dense, 4),
         "epochs": settings["epochs"],
         "minutes": round(sum(row["seconds"] for row in rows if row["kind"] == "stage") / 60, 1),
     }

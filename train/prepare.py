@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from models.device import DeviceError, cuda_device
+from models.encoder import Encoder
 from models.head import Head
 from models.kernels import cpu
 from train import checkpoint
@@ -60,12 +61,8 @@ def prepare(settings: Settings, run: Run) -> Trainer:
             encoder.checkpoint_gradients()
 
     cache = Path(settings.cache) if settings.cache else run.folder / "cache"
-    reading = [f"titles only: {settings.titles_only}", f"{settings.max_length} {encoder.tokenizer.to_str()}"]
     with stages("tokenization"):
-        splits = {
-            name: load_split(data, name, labels, [hashes[name], hashes["labels"], *reading], encoder.tokenize, cache)
-            for name in data.splits
-        }
+        splits = read_splits(settings, data, labels, hashes, encoder, cache)
         counts = label_counts(splits["train"], labels)
     if head is None:
         with stages("grouping"):
@@ -112,6 +109,17 @@ def prepare(settings: Settings, run: Run) -> Trainer:
         }
     )
     return trainer
+
+
+def read_splits(
+    settings: Settings, data: Dataset, labels: Labels, hashes: dict[str, str], encoder: Encoder, cache: Path
+) -> dict[str, Split]:
+    """All splits of `data` as the encoder's tokens, by name, from `cache` where they are there. `hashes` are the data's."""
+    reading = [f"titles only: {settings.titles_only}", f"{settings.max_length} {encoder.tokenizer.to_str()}"]
+    return {
+        name: load_split(data, name, labels, [hashes[name], hashes["labels"], *reading], encoder.tokenize, cache)
+        for name in data.splits
+    }
 
 
 def _device(name: str) -> torch.device:

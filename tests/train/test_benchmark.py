@@ -11,9 +11,9 @@ from tests.train.tasks import SMALL
 def test_finished_runs_are_only_read(task, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
 
-    def compare(*more):
+    def compare(*more):  # and what is in all files of the runs afterwards
         flags = f"{' '.join(SMALL)} --epochs 1"
-        heads = ["--sparse", "--fan-in 8 --dense-labels 10% --intermediate 0"]
+        heads = ["--sparse", "--fan-in 8 --dense-labels 10% --intermediate 0 --head-dtype fp32"]
         words = ["compare", "--data", str(task), "--runs", str(tmp_path / "runs"), *heads, "--flags", flags, *more]
         monkeypatch.setattr("sys.argv", ["accuracy", *words])
         accuracy.main()
@@ -26,6 +26,15 @@ def test_finished_runs_are_only_read(task, tmp_path, monkeypatch, capsys):
     sparse, dense = map(json.loads, (tmp_path / "accuracy.jsonl").read_text().splitlines())
     assert sparse["bytes"] < dense["bytes"]
     assert 0 < sparse["P@1"] <= 1
+    assert compare("--record", "--export-dtype", "fp32") == before
+    assert compare("--record", "--export-dtype", "bf16") == before
+    _, _, same, still_dense, rounded, _ = map(json.loads, (tmp_path / "accuracy.jsonl").read_text().splitlines())
+    for metric in (*accuracy.METRICS, "bytes"):
+        assert same[metric] == sparse[metric]
+        assert still_dense[metric] == dense[metric]
+    assert rounded["exported"] == "bf16"
+    assert rounded["bytes"] < 0.8 * sparse["bytes"]
+    assert rounded["P@5"] == pytest.approx(sparse["P@5"], rel=0.05)
     assert "--fan-in 8" in sparse["flags"]
     with pytest.raises(SystemExit):
         compare("--flags", "--epochs 2")
