@@ -3,6 +3,7 @@
 #pragma once
 #include "kernels.h"
 #include "simd.h"
+#include "tiles.h"
 
 namespace fanin {
 namespace FANIN_LEVEL {
@@ -35,26 +36,12 @@ FANIN_INLINE void tile(const T* w, const uint16_t* index, int K, int G, const fl
   }
 }
 
-template <class T, int NV, int BT>
-FANIN_INLINE void tile_rows(int rows, const T* w, const uint16_t* index, int K, int G, const float* xt, int ldx, const float* bias,
-                            float* z) {
-  if constexpr (BT > 0) {
-    if (rows == BT)
-      tile<T, NV, BT>(w, index, K, G, xt, ldx, bias, z);
-    else
-      tile_rows<T, NV, BT - 1>(rows, w, index, K, G, xt, ldx, bias, z);
-  }
-}
-
 template <class T, int NV>
 void labels_forward(const T* w, const uint16_t* index, int K, int G, const Batch& x, const float* bias, float* z) {
-  // Tiles of nearly equal height: 8 rows are better off as 4 + 4 than as 6 + 2.
-  const int tiles = (x.rows + ROWS_PER_TILE - 1) / ROWS_PER_TILE;
-  for (int t = 0; t < tiles; ++t) {
-    const int b = x.rows * t / tiles, rows = x.rows * (t + 1) / tiles - b;
+  for_tiles(x.rows, [&](int b, auto height) __attribute__((always_inline)) {
     for (int g = 0; g < G; g += NV * W)
-      tile_rows<T, NV, ROWS_PER_TILE>(rows, w + g, index, K, G, x.xt + b, x.ldx, bias + g, z + (int64_t)b * G + g);
-  }
+      tile<T, NV, height>(w + g, index, K, G, x.xt + b, x.ldx, bias + g, z + (int64_t)b * G + g);
+  });
 }
 
 template <class T, int NV>

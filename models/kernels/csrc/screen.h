@@ -149,6 +149,19 @@ FANIN_INLINE void prefetch(const uint8_t* values, int64_t n, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(values + (n + AHEAD) * bytes + i);
 }
 
+FANIN_INLINE void prefetch_group(const Block& block, int64_t n) {
+  prefetch(block.screen.coarse, n, coarse_bytes(block)), prefetch(block.screen.fine, n, fine_bytes(block));
+  __builtin_prefetch(block.indices + (n + AHEAD) * block.fan_in);
+}
+
+// A bit for each row to a byte; returns how many are set.
+FANIN_INLINE int spread(uint64_t bits, int rows, uint8_t* out) {
+  if (!bits) return 0;  // `out` is not looked at then
+  int count = 0;
+  for (int b = 0; b < rows; ++b) count += out[b] = bits >> b & 1;
+  return count;
+}
+
 // The inputs of group n in a single row. Returns the sum of their figures.
 FANIN_INLINE uint64_t prepare_row(const Block& block, const Rows8& x, int64_t n, uint32_t* words) {
   const int64_t K = block.fan_in;

@@ -3,6 +3,7 @@
 #include "kernels.h"
 #include "screen.h"
 #include "simd.h"
+#include "tiles.h"
 
 #if defined(FANIN_SCREENS) && !defined(FANIN_AVX512VNNI)
 namespace fanin {
@@ -56,22 +57,12 @@ FANIN_INLINE uint64_t screen_tile(const Block& block, int64_t n, const int16_t* 
   return found;
 }
 
-template <int NV, int BT>
-FANIN_INLINE uint64_t screen_rows(int rows, const Block& block, int64_t n, const int16_t* c, int g, const RowInputs& x, int row) {
-  if constexpr (BT > 0)
-    return rows == BT ? screen_tile<NV, BT>(block, n, c, g, x, row) : screen_rows<NV, BT - 1>(rows, block, n, c, g, x, row);
-  else
-    return 0;
-}
-
 template <int NV>
 FANIN_INLINE uint64_t screen_tiles(const Block& block, int64_t n, const int16_t* c, const RowInputs& x, int rows) {
-  const int tiles = (rows + ROWS_PER_TILE - 1) / ROWS_PER_TILE, each = (rows + tiles - 1) / tiles;
   uint64_t found = 0;
-  for (int row = 0; row < rows; row += each) {
-    const int height = each < rows - row ? each : rows - row;
-    for (int g = 0; g < block.group_size; g += NV * LANES) found |= screen_rows<NV, ROWS_PER_TILE>(height, block, n, c, g, x, row);
-  }
+  for_tiles(rows, [&](int row, auto height) __attribute__((always_inline)) {
+    for (int g = 0; g < block.group_size; g += NV * LANES) found |= screen_tile<NV, height>(block, n, c, g, x, row);
+  });
   return found;
 }
 
@@ -131,16 +122,11 @@ int candidate_rows(const Block& block, const Batch& x, const Rows8& rows8, int64
   int32_t* total = (int32_t*)start + 2 * ldx;
   const RowInputs inputs{words, start, start + ldx, total, (float*)total + ldx, rows8.inverse, best.threshold, ldx};
   int16_t* c = (int16_t*)(start + 4 * ldx);
-  prefetch(block.screen.coarse, n, coarse_bytes(block)), prefetch(block.screen.fine, n, fine_bytes(block));
-  __builtin_prefetch(block.indices + (n + AHEAD) * block.fan_in);
+  prefetch_group(block, n);
   unpack(block, n, c);
   prepare_rows(block, rows8.x, n, x.rows, inputs);
   const bool odd = block.group_size % (2 * LANES);
-  const uint64_t left = odd ? screen_tiles<1>(block, n, c, inputs, x.rows) : screen_tiles<2>(block, n, c, inputs, x.rows);
-  if (!left) return 0;
-  int count = 0;
-  for (int b = 0; b < x.rows; ++b) count += found[b] = left >> b & 1;
-  return count;
+  return spread(odd ? screen_tiles<1>(block, n, c, inputs, x.rows) : screen_tiles<2>(block, n, c, inputs, x.rows), x.rows, found);
 }
 
 }  // namespace

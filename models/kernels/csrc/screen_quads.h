@@ -4,6 +4,7 @@
 #include "kernels.h"
 #include "screen.h"
 #include "simd.h"
+#include "tiles.h"
 
 #if defined(FANIN_AVX512VNNI)
 namespace fanin {
@@ -98,37 +99,25 @@ FANIN_INLINE uint64_t screen_quads(const Block& block, int64_t n, const uint32_t
   return found;
 }
 
-template <int BT>
-FANIN_INLINE uint64_t screen_quad_rows(int rows, const Block& block, int64_t n, const uint32_t* c, int g, const QuadInputs& x, int row) {
-  if constexpr (BT > 0)
-    return rows == BT ? screen_quads<2, BT>(block, n, c, g, x, row) : screen_quad_rows<BT - 1>(rows, block, n, c, g, x, row);
-  else
-    return 0;
-}
-
 // For several rows: how many may have one of their k best in group n; found [rows] tells which. `scratch` holds
 // 2 · ⌈K/8⌉ · (ldx + G) + 2 · ldx floats.
 int candidate_rows(const Block& block, const Batch& x, const Rows8& rows8, int64_t n, const Best& best, float* scratch, uint8_t* found) {
-  const int ldx = x.ldx, G = block.group_size, rows = x.rows;
+  const int ldx = x.ldx, G = block.group_size;
   uint32_t *words = (uint32_t*)scratch, *c = words + (int64_t)quads(block) * ldx;
   int32_t* limit = (int32_t*)(c + (int64_t)quads(block) * G);
   const QuadInputs inputs{words, {limit, limit + ldx}, rows8.inverse, best.threshold, ldx};
-  prefetch(block.screen.coarse, n, coarse_bytes(block)), prefetch(block.screen.fine, n, fine_bytes(block));
-  __builtin_prefetch(block.indices + (n + AHEAD) * block.fan_in);
+  prefetch_group(block, n);
   const uint8_t* coarse = block.screen.coarse + n * coarse_bytes(block);
   for (int64_t i = 0; i < (int64_t)quads(block) * G; i += W) {
     const vu four = coarse_quads(coarse + 2 * i);
     std::memcpy(c + i, &four, sizeof four);
   }
-  prepare_quads(block, (const uint8_t*)rows8.x, n, rows, inputs);
-  const int tiles = (rows + ROWS_PER_TILE - 1) / ROWS_PER_TILE, each = (rows + tiles - 1) / tiles;
+  prepare_quads(block, (const uint8_t*)rows8.x, n, x.rows, inputs);
   uint64_t left = 0;
-  for (int row = 0; row < rows; row += each)
-    for (int g = 0; g < G; g += 2 * W)
-      left |= screen_quad_rows<ROWS_PER_TILE>(each < rows - row ? each : rows - row, block, n, c, g, inputs, row);
-  int count = 0;
-  for (int b = 0; b < rows; ++b) count += found[b] = left >> b & 1;
-  return count;
+  for_tiles(x.rows, [&](int row, auto height) __attribute__((always_inline)) {
+    for (int g = 0; g < G; g += 2 * W) left |= screen_quads<2, height>(block, n, c, g, inputs, row);
+  });
+  return spread(left, x.rows, found);
 }
 
 }  // namespace
