@@ -28,6 +28,7 @@ SPARSE = "--tiers dense:15%,64:85%"
 DENSE = "--connectivity dense --head-dtype fp32 --intermediate 0"
 ABLATIONS = {
     "sparse": SPARSE,
+    "fp32": f"{SPARSE} --head-dtype fp32",
     "imprinted": f"{SPARSE} --head-init imprinted",
     "rewire off": f"{SPARSE} --rewire off",
     "rewire gradient": f"{SPARSE} --rewire gradient",

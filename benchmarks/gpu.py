@@ -290,6 +290,7 @@ def main() -> int:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             parser.error(f"--device {args.device}: PyTorch {torch.__version__} finds no CUDA device")
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     elif not INTERPRETED:
         parser.error(f"--device {args.device} is a dry run in Triton's interpreter: set TRITON_INTERPRET=1")

@@ -192,9 +192,7 @@ def cuda_scores(x: Tensor, values: Tensor, bias: Tensor | None, indices: Tensor 
 def cuda_grad_input(grad: Tensor, values: Tensor, indices: Tensor | None, width: int) -> Tensor:
     from models.kernels import gpu
 
-    return gpu.grad_input(grad, _device_block(values, None, indices, width)).to(
-        grad.dtype, memory_format=torch.contiguous_format
-    )
+    return gpu.grad_input(grad, _device_block(values, None, indices, width)).to(grad.dtype).contiguous()
 
 
 @grad_values.register_kernel("cuda")

@@ -24,9 +24,10 @@ class Search:
     """A head on `device`. For one thread, inside a lane."""
 
     def __init__(self, head: Head, device: torch.device) -> None:
-        self._head = DeviceHead.of(head, device)
+        placed = self._head = DeviceHead.of(head, device)
         self._device = device
-        self._graphs = Graphs(lambda x: gpu.topk(x, self._head, _RECORDED_K))
+        # Not self._head: it would be kept by a cycle, and the device's memory with it, when the bundle is replaced.
+        self._graphs = Graphs(lambda x: gpu.topk(x, placed, _RECORDED_K))
         self._sizes: list[int] = []  # of recorded batches, ascending
 
     def record(self, count: int) -> None:

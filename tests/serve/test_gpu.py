@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import threading
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +15,14 @@ import torch
 
 from export.bundle import Bundle, open_bundle, write_bundle
 from export.encoder import export_encoder, export_tokenizer
+from export.onnx_runtime import onnxruntime as ort
 from models.encoder import Encoder, EncoderConfig
 from models.head import Block, Head
 from models.kernels import Subset, reference
 from models.kernels.gpu.launch import INTERPRETED
 from serve.engine import CpuEngine
 from serve.gpu.engine import Embeddings, GpuEngine
+from serve.gpu.search import Search
 from tests.serve.harness import TEXTS
 
 pytestmark = [
@@ -51,8 +56,18 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return open_bundle(path)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _precision() -> Iterator[None]:
+    """The engine lets the whole process multiply in TF32."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture(scope="session", params=["onnx", "torch"])
 def engine(request: pytest.FixtureRequest, small_bundle: Bundle) -> GpuEngine:
+    if request.param == "onnx" and DEVICE.type == "cuda" and "CUDAExecutionProvider" not in ort.get_available_providers():
+        pytest.skip("needs onnxruntime-gpu")
     engine = GpuEngine(small_bundle, 1, DEVICE, request.param)
     assert engine.warm_up(max_inputs=3, max_tokens=64) > 0
     return engine
@@ -123,6 +138,19 @@ def test_filters_are_exact(engine: GpuEngine, small_bundle: Bundle, sequences: l
     assert (labels == order).mean() > 0.9
     for one, other in zip(engine.topk(x, 20)[0][[1, 4]], engine.topk(x, 20, allowed)[0][[1, 4]], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_the_head_leaves_the_device_with_its_search(small_bundle: Bundle) -> None:
+    """At once: after a reload nobody may look for cycles in a long time."""
+    search = Search(small_bundle.head, DEVICE)
+    search.record(2)
+    head = weakref.ref(search._head)
+    gc.disable()
+    try:
+        del search
+        assert head() is None
+    finally:
+        gc.enable()
 
 
 def test_embeddings_go_to_another_process_as_an_array(engine: GpuEngine, sequences: list[list[int]]) -> None:

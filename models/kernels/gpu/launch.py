@@ -20,6 +20,8 @@ from triton.runtime.errors import OutOfResources
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 REGISTERS = 255  # of a thread, at most; where ptxas is not told, it may spill some to save others
 _TRIALS = 5
+_HEAD_START = 1_000_000  # cycles of the GPU, half a millisecond, in which the host starts what is measured
+_ROOMY = 227 * 1024  # bytes
 
 _chosen: dict[Hashable, Config] = {}
 _seconds = 0.0
@@ -44,6 +46,14 @@ def labels_at_once(group_size: int, most: int) -> int:
     return min(group_size & -group_size, most)
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have on `device`; those of an H100 where there is none."""
+    if device.type != "cuda":
+        return _ROOMY
+    most: int = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    return most
+
+
 def run(kernel: Any, programs: int, arguments: Mapping[str, Any], constants: Mapping[str, Any], config: Config) -> None:
     """Starts `programs` programs on the current stream of the device that holds the first argument."""
     if programs == 0:
@@ -62,6 +72,8 @@ def choose(x: Tensor, problem: Hashable, configs: list[Config], prepare: Callabl
     """
     global _seconds
     if INTERPRETED or not x.is_cuda:
+        return configs[0]
+    if len(configs) == 1:
         return configs[0]
     key = (x.device, problem)
     if key not in _chosen:
@@ -91,6 +103,7 @@ def _time(trial: Callable[[Config], object], config: Config) -> float:
     best = float("inf")
     for _ in range(_TRIALS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(_HEAD_START)  # or a small problem's time would be Python's
         start.record()
         trial(config)
         end.record()

@@ -181,7 +181,10 @@ def check_input(x: Tensor, width: int) -> None:
 
 def transposed(x: Tensor, dtype: torch.dtype, BM: int) -> Tensor:
     """x [B, D] as [D, B] of another type, with columns of zeros up to a whole number of BM."""
-    xt = x.new_zeros((x.shape[1], max(1, triton.cdiv(len(x), BM)) * BM), dtype=dtype)
+    columns = max(1, triton.cdiv(len(x), BM)) * BM
+    if x.shape[1] * columns >= 1 << 31:
+        raise ValueError(f"x is {list(x.shape)}: the kernels count its numbers in 32 bits; give them fewer rows at once")
+    xt = x.new_zeros((x.shape[1], columns), dtype=dtype)
     xt[:, : len(x)] = x.t()
     return xt
 

@@ -15,14 +15,15 @@ from torch import Tensor
 from models.head import Connectivity
 from models.kernels.gpu import step as kernels
 from models.kernels.gpu.head import DeviceBlock, DeviceMoments, DevicePositives
-from models.kernels.gpu.launch import Config, choose, labels_at_once, power_of_two, run
+from models.kernels.gpu.launch import Config, choose, labels_at_once, power_of_two, run, shared_memory
 from models.kernels.gpu.ops import check_input, transposed
 from models.kernels.gpu.update import rates_of
 from models.kernels.step import MOMENTS, Loss, Optimizer, check_rule
 
-_SAMPLE = 1 << 12  # groups that trials run on, in a copy, since a step changes them
+_SAMPLE = 1 << 25  # numbers of the values that trials run on, in a copy, since a step changes them
 _LONG = 512  # the longest side of a tile: of a batch or of a fan-in, one must fit
 _PRIVATE = 1 << 12  # numbers of a tile of private inputs
+_LARGE = 128 * 1024  # bytes of shared memory for batches beyond 128 rows; GeForce cards, A10 and L4 have 99 KiB
 # Tiles that the registers hold, with 8 warps, on every target: tests/kernels/gpu/test_compiled.py. "Exact" ones are fp32.
 _BATCH = {64: (64, 64), 128: (64, 32), 256: (16, 64), 512: (16, 32)}  # BM up to this: GT, KB
 _EXACT_BATCH = {64: (32, 32), 128: (16, 32), 256: (16, 32), 512: (16, 16)}
@@ -51,7 +52,7 @@ def train_step(
     """
     _check(x, block, moments, loss, smoothing, optimizer, step)
     dtype = block.compute_type(x.dtype)
-    kernel, configs = _kernel(len(x), block, dtype)
+    kernel, configs = _kernel(x, block, dtype)
     # One width for all configs, so that their tiles are whole.
     xt = transposed(x, dtype, max(config.sizes["BM"] for config in configs))
     rows = max(1, len(x))
@@ -76,7 +77,8 @@ def train_step(
         return total / rows, grad_xt[:, : len(x)].t()
 
     def trial() -> Callable[[Config], object]:
-        sample = block.part(slice(_SAMPLE)).copy(), moments.part(slice(_SAMPLE)).copy()
+        part = slice(max(1, _SAMPLE // (block.fan_in * block.group_size)))
+        sample = block.part(part).copy(), moments.part(part).copy()
         return lambda config: launch(config, *sample)
 
     problem = ("step", block.dtype, dtype, block.connectivity, xt.shape[1], *constants.values())
@@ -91,20 +93,22 @@ def check_sizes(B: int, connectivity: Connectivity, K: int) -> None:
         raise ValueError(f"fan-in is {K} and the batch has {B} rows: on the GPU one of them must be at most {_LONG}")
 
 
-def _kernel(B: int, block: DeviceBlock, dtype: torch.dtype) -> tuple[Any, list[Config]]:
-    """The kernel for a batch of B rows, and the tile sizes worth trying."""
-    K, G = block.fan_in, block.group_size
+def _kernel(x: Tensor, block: DeviceBlock, dtype: torch.dtype) -> tuple[Any, list[Config]]:
+    """The kernel for a batch x, and what is worth trying: it sums in the same order in all of them, so that runs repeat."""
+    B, K, G = len(x), block.fan_in, block.group_size
     check_sizes(B, block.connectivity, K)
     if block.connectivity == "private":
         KB = triton.next_power_of_2(K)
         BM = power_of_two(B, 1, min(16, _PRIVATE // KB))
         GT = labels_at_once(G, min(32, _PRIVATE // KB // BM))
-        return kernels.step_private, [Config({"GT": GT, "KB": KB, "BM": BM}, warps, stages=1) for warps in (4, 8)]
+        return kernels.step_private, [Config({"GT": GT, "KB": KB, "BM": BM}, 8, stages=1)]
     exact = dtype == torch.float32
     if B <= _LONG:
         BM = power_of_two(B, 16, _LONG)
         GT, KB = (_EXACT_BATCH if exact else _BATCH)[max(BM, 64)]
-        KB = power_of_two(K, 16, KB)
+        if BM > 128 and shared_memory(x.device) < _LARGE:
+            KB //= 2
+        KB = power_of_two(K, 16, max(16, KB))
         kernel = kernels.step
     else:
         KB = power_of_two(K, 16, _LONG)

@@ -21,8 +21,9 @@ from triton.compiler import ASTSource
 
 from models.kernels.gpu.launch import REGISTERS, Config
 
-# Shared memory that one program may have, in bytes: A100, H100, B200 (CUDA programming guide, compute capabilities).
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Shared memory that one program may have, in bytes: A100, GeForce 30 and A10, H100, B200 (CUDA programming guide, compute
+# capabilities).
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.int8: "i8",
     torch.uint8: "u8", torch.uint16: "u16", torch.int32: "i32", torch.int64: "i64",

@@ -85,8 +85,10 @@ def test_scores_and_gradients(shape: Shape, types: tuple[str, str], connectivity
         for p in (np.float64, np.float32)
     )
     for (what, result), exact, rough in zip(results.items(), truth, plain, strict=True):
-        # Sums run in another order than numpy's, which is pairwise: grant each its length in roundings, up to a few.
-        assert_close(result.cpu().numpy(), rough, exact, what, roundings=8)
+        # Sums run in another order than numpy's, which is pairwise: grant each its length in roundings, up to a few. Tensor
+        # cores cut off what does not fit after every 8 or 16 products, always downwards.
+        cut = 0 if inputs == "fp32" or INTERPRETED or what != "scores" else block.fan_in // 4
+        assert_close(result.cpu().numpy(), rough, exact, what, roundings=8 + cut)
 
 
 @types
@@ -187,6 +189,8 @@ def results_of(loss: float, grad_x: np.ndarray, block: Block, moments) -> dict[s
 @pytest.mark.parametrize("shape", SMALL[1:4] if INTERPRETED else SHAPES, ids=str)
 def test_a_step_in_fp32(shape: Shape, loss: str, kind: str, connectivity: str) -> None:
     """Weighted, smoothed, and one label everybody's positive."""
+    if connectivity == "private" and shape.K > 512:
+        pytest.skip("more than the kernel takes")
     block, x = random_block(shape, connectivity, "fp32"), random_input(shape)
     positives = random_positives(x, block, weighted=True)
     settings = {"loss": loss, "optimizer": optimizer_for(kind, block), "smoothing": 0.1, "step": 1, "key": KEY}
