@@ -101,10 +101,8 @@ def result(run: Path, dtype: str | None) -> dict[str, Any]:
     assert config is not None
     model, settings = config["model"], config["settings"]
     if dtype is None:
-        last, head_bytes = (
-            next(row for row in reversed(rows) if row["kind"] == "eval" and row["split"] == "test"),
-            model["head_bytes"],
-        )
+        last = next(row for row in reversed(rows) if row["kind"] == "eval" and row["split"] == "test")
+        head_bytes = model["head_bytes"]
     else:
         last, head_bytes = exported.metrics_on_test(run, dtype)
     width = model["embedding_width"]

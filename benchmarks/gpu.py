@@ -30,6 +30,7 @@ from benchmarks.gpu_correctness import check, check_large
 from benchmarks.gpu_problems import DenseLayer, Problem, random_block, random_input, random_positives
 from benchmarks.gpu_targets import verdicts
 from benchmarks.gpu_whole_step import EncoderShape, WholeStep
+from models.device import DeviceError, cuda_device
 from models.kernels import Optimizer, gpu, rounding_key
 from models.kernels.gpu import DeviceHead, DeviceMoments
 from models.kernels.gpu.launch import INTERPRETED
@@ -286,13 +287,15 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=measure.RESULTS, metavar="DIR", help="where rows are appended")
     parser.add_argument("--commit", help="what the rows say was measured (default: what git says)")
     args = parser.parse_args()
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            parser.error(f"--device {args.device}: PyTorch {torch.__version__} finds no CUDA device")
-        device = torch.device("cuda", device.index or 0)
+    if args.device.startswith("cuda"):
+        try:
+            device = cuda_device(args.device)
+        except DeviceError as error:
+            parser.error(f"--device {error}")
         torch.cuda.set_device(device)
-    elif not INTERPRETED:
+    elif INTERPRETED:
+        device = torch.device(args.device)
+    else:
         parser.error(f"--device {args.device} is a dry run in Triton's interpreter: set TRITON_INTERPRET=1")
     torch.manual_seed(0)
     measure.RESULTS = args.results
