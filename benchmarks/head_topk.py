@@ -18,7 +18,6 @@ import torch
 from benchmarks import measure
 from export.convert import DTYPES
 from models import kernels
-from models.dtypes import decode
 from models.head import Block, Connectivity, Head, HeadError
 from models.kernels import cpu
 
@@ -120,7 +119,7 @@ def dense_weight(block: Block, labels: int) -> torch.Tensor:
     step = max(1, (1 << 26) // (block.group_size * block.width))
     for start in range(0, block.groups, step):
         part = slice(start, min(start + step, block.groups))
-        values = decode(block.values[part], block.dtype).transpose(0, 2, 1)  # [n, G, K]
+        values = block.weights(part).transpose(0, 2, 1)  # [n, G, K]
         rows = np.zeros((*values.shape[:2], block.width), dtype=np.float32)
         if block.connectivity == "dense":
             rows[...] = values

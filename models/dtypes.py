@@ -15,7 +15,7 @@ STORAGE: dict[str, np.dtype] = {
     "int8": np.dtype(np.int8),
     "fp8": np.dtype(np.uint8),
 }
-QUANTIZED = frozenset({"int8", "fp8"})  # these carry a scale per label
+QUANTIZED = {"int8": 127, "fp8": 448}  # these carry a scale per label; the largest number of each
 
 
 def _fp8_table() -> np.ndarray:
@@ -50,6 +50,12 @@ def encode(numbers: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "fp8":
         return _encode_fp8(numbers)
     return numbers.astype(STORAGE[dtype])
+
+
+def quantize(weights: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """fp32 [N, K, G] in a quantized `dtype`, and scales fp32 [N, G]: each label's heaviest weight is the largest number."""
+    scales = np.maximum(np.abs(weights).max(axis=1) / QUANTIZED[dtype], np.finfo(np.float32).tiny)
+    return encode(weights / scales[:, None], dtype), scales
 
 
 def _encode_fp8(numbers: np.ndarray) -> np.ndarray:

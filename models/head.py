@@ -96,6 +96,11 @@ class Block:
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.buffers.values())
 
+    def weights(self, groups: slice) -> np.ndarray:
+        """What the values of these groups stand for, fp32 [n, K, G]."""
+        numbers = dtypes.decode(self.values[groups], self.dtype)
+        return numbers if self.scales is None else numbers * self.scales[groups, None]
+
     def part(self, groups: slice) -> Block:
         """The block of these groups alone, a view: it has no memory of its own."""
         buffers: dict[str, Any] = {name: array[groups] for name, array in self.buffers.items()}
@@ -143,10 +148,8 @@ class Block:
         """A block over `labels` (int32 [n], in slot order): random distinct indices, values N(0, 1/K), bias zero.
 
         The last group is padded. With variance 1/K scores keep the variance of the inputs, whatever the fan-in.
-        Quantized dtypes have no random form; `dense` ignores `fan_in`.
+        `dense` ignores `fan_in`.
         """
-        if dtype in dtypes.QUANTIZED:
-            raise HeadError(f"a random block cannot have dtype {dtype}; quantize a trained one")
         if group_size < 16 or group_size % 16:
             raise HeadError(f"group size is {group_size}, must be a multiple of 16")
         if connectivity == "dense":
@@ -157,12 +160,16 @@ class Block:
         label_ids = np.full((n, group_size), -1, dtype=np.int32)
         label_ids.reshape(-1)[: len(labels)] = labels
         values = np.empty((n, fan_in, group_size), dtype=dtypes.STORAGE[dtype])
+        scales = np.empty((n, group_size), dtype=np.float32) if dtype in dtypes.QUANTIZED else None
         step = max(1, _CHUNK // (fan_in * group_size))
         for start in range(0, n, step):
             part = rng.standard_normal((min(step, n - start), fan_in, group_size), dtype=np.float32)
             part *= fan_in**-0.5
             part *= (label_ids[start : start + step] >= 0)[:, None, :]
-            values[start : start + step] = dtypes.encode(part, dtype)
+            if scales is not None:
+                values[start : start + step], scales[start : start + step] = dtypes.quantize(part, dtype)
+            else:
+                values[start : start + step] = dtypes.encode(part, dtype)
         indices = None
         if connectivity == "shared":
             indices = random_indices(n, fan_in, width, rng)
@@ -173,7 +180,7 @@ class Block:
                 part = random_indices(min(step, n - start) * group_size, fan_in, width, rng)
                 indices[start : start + step] = part.reshape(-1, group_size, fan_in).transpose(0, 2, 1)
         bias = np.zeros((n, group_size), dtype=np.float32)
-        return cls(connectivity, width, dtype, values, bias, label_ids, indices)
+        return cls(connectivity, width, dtype, values, bias, label_ids, indices, scales)
 
 
 @dataclass(frozen=True, eq=False)

@@ -81,6 +81,22 @@ def test_quantized_formats_saturate(dtype: str, limit: float) -> None:
     np.testing.assert_array_equal(dtypes.decode(dtypes.encode(tried, dtype), dtype), expected)
 
 
+@pytest.mark.parametrize(("dtype", "limit", "step"), [("int8", 127, 0.5), ("fp8", 448, 16)])
+def test_each_label_is_quantized_in_a_unit_of_its_own(dtype: str, limit: float, step: float) -> None:
+    weights = np.random.default_rng(0).standard_normal((3, 40, 16), dtype=np.float32)
+    weights *= 10.0 ** np.arange(-24, 24).reshape(3, 1, 16)
+    weights[1, :, 5] = 0
+    weights[2, :, 7] = 1e-45
+    stored, scales = dtypes.quantize(weights, dtype)
+    assert (stored.dtype, scales.dtype) == (dtypes.STORAGE[dtype], np.float32)
+    numbers = dtypes.decode(stored, dtype)
+    assert (np.abs(numbers * scales[:, None] - weights) <= step * scales[:, None] * (1 + 1e-6)).all()
+    kept = np.ones((3, 16), dtype=bool)
+    kept[1, 5] = kept[2, 7] = False
+    assert (np.abs(numbers).max(axis=1)[kept] == limit).all()
+    assert np.isfinite(scales).all()
+
+
 def test_int8_rounds_ties_to_even() -> None:
     np.testing.assert_array_equal(dtypes.encode([0.5, 1.5, 2.5, -0.5, -1.5, 126.5, 2.4999], "int8"), [0, 2, 2, 0, -2, 126, 2])
 

@@ -19,7 +19,7 @@ from models.kernels.screening import Screen, Sketch
 from models.kernels.step import Loss, Moments, Optimizer, Positives
 from models.kernels.subset import EVERY, Subset
 
-INTERFACE = 7  # of _cpu, as csrc/bindings.cpp has it
+INTERFACE = 8  # of _cpu, as csrc/bindings.cpp has it
 _BUILD = "run `make set-up`, or `pip install -e .`, in the project's folder"
 try:
     import models.kernels._cpu as _cpu  # compiled: it has no source to look at
@@ -60,8 +60,9 @@ if forced := os.environ.get("FANIN_THREADS"):
 
 def _native(block: Block, screen: Screen | Sketch | None = None) -> _cpu.Block:
     native = _cpu.Block(
-        block.connectivity, block.width, block.dtype, block.values, block.bias, block.label_ids, cast(np.ndarray, block.indices)
-    )
+        block.connectivity, block.width, block.dtype, block.values, block.bias, block.label_ids,
+        cast(np.ndarray, block.indices), cast(np.ndarray, block.scales),
+    )  # fmt: skip
     if isinstance(screen, Sketch):
         native.use_sketch(screen.values, screen.offsets, screen.rest, screen.scale)
     elif screen is not None:

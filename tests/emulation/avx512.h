@@ -40,6 +40,9 @@ inline __m512i fanin_srli(__m512i a, unsigned n) { return FANIN_INTS(_mm256_srli
 inline __m512i fanin_madd(__m512i a, __m512i b) { return FANIN_INTS(_mm256_madd_epi16(FANIN_I(a, i), FANIN_I(b, i))); }
 inline __m512i fanin_maddubs(__m512i a, __m512i b) { return FANIN_INTS(_mm256_maddubs_epi16(FANIN_I(a, i), FANIN_I(b, i))); }
 inline __m512 fanin_max(__m512 a, __m512 b) { return FANIN_FLOATS(_mm256_max_ps(FANIN_F(a, i), FANIN_F(b, i))); }
+inline __m512 fanin_fmadd(__m512 a, __m512 b, __m512 c) {
+  return FANIN_FLOATS(_mm256_fmadd_ps(FANIN_F(a, i), FANIN_F(b, i), FANIN_F(c, i)));
+}
 inline __m512 fanin_sqrt(__m512 a) { return FANIN_FLOATS(_mm256_sqrt_ps(FANIN_F(a, i))); }
 inline __m512i fanin_cvtepi8_epi16(__m256i a) { return FANIN_INTS(_mm256_cvtepi8_epi16(FANIN_H(a, i))); }
 inline __m512i fanin_cvtepu16_epi32(__m256i a) { return FANIN_INTS(_mm256_cvtepu16_epi32(FANIN_H(a, i))); }
@@ -124,6 +127,7 @@ inline uint32_t fanin_greater(__m512i a, __m512i b) {
 #define _mm512_madd_epi16 fanin_madd
 #define _mm512_maddubs_epi16 fanin_maddubs
 #define _mm512_max_ps fanin_max
+#define _mm512_fmadd_ps fanin_fmadd
 #define _mm512_sqrt_ps fanin_sqrt
 #define _mm512_cvtepi8_epi16 fanin_cvtepi8_epi16
 #define _mm512_cvtepu16_epi32 fanin_cvtepu16_epi32

@@ -37,18 +37,6 @@ def write(path: Path, head: Head, **changes: Any) -> Manifest:
     return write_bundle(path, head=head, **contents | changes)
 
 
-def quantized(connectivity: Connectivity, dtype: str, rng: np.random.Generator) -> Block:
-    """A random block of `dtype` over LABELS labels; int8 and fp8 values come with scales."""
-    ids = np.arange(LABELS, dtype=np.int32)
-    base = "fp32" if dtype in dtypes.QUANTIZED else dtype
-    block = Block.random(ids, width=WIDTH, connectivity=connectivity, fan_in=12, group_size=16, dtype=base, rng=rng)
-    if dtype not in dtypes.QUANTIZED:
-        return block
-    values = dtypes.encode(block.values * 100, dtype)
-    scales = rng.random(block.bias.shape, dtype=np.float32)
-    return Block(connectivity, WIDTH, dtype, values, block.bias, block.label_ids, block.indices, scales)
-
-
 def on_disk(array: np.ndarray) -> bool:
     base = array
     while isinstance(base, np.ndarray) and base.base is not None:
@@ -72,7 +60,8 @@ def bundle(intact: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", dtypes.STORAGE)
 @pytest.mark.parametrize("connectivity", ["dense", "shared", "private"])
 def test_buffers_come_back_bit_for_bit_and_mapped(tmp_path: Path, connectivity: Connectivity, dtype: str) -> None:
-    block = quantized(connectivity, dtype, np.random.default_rng(3))
+    ids, rng = np.arange(LABELS, dtype=np.int32), np.random.default_rng(3)
+    block = Block.random(ids, width=WIDTH, connectivity=connectivity, fan_in=12, group_size=16, dtype=dtype, rng=rng)
     write(tmp_path / "b", Head(WIDTH, LABELS, (block,)))
     head = open_bundle(tmp_path / "b").head
     (other,) = head.blocks

@@ -16,6 +16,7 @@ import torch
 from export import pack
 from export.__main__ import main
 from export.bundle import open_bundle
+from export.convert import convert_values
 from export.encoder import export_encoder
 from models import dtypes
 from models.checkpoint import load_head, save_head
@@ -101,6 +102,18 @@ def test_values_are_rounded_on_demand(run_folder: Path, tmp_path: Path, dtype: s
         assert packed.dtype == dtype
         expected = dtypes.encode(dtypes.decode(block.values, block.dtype), dtype)
         assert np.array_equal(packed.values, expected)
+
+
+@pytest.mark.usefixtures("quick")
+def test_int8_values_have_a_scale_per_label_and_go_back_to_what_they_stand_for(run_folder: Path, tmp_path: Path) -> None:
+    assert main([str(run_folder), "--out", str(tmp_path / "b"), "--head-dtype", "int8"]) == 0
+    packed = open_bundle(tmp_path / "b").head
+    for block, small, back in zip(mixed_head().blocks, packed.blocks, convert_values(packed, "fp32").blocks, strict=True):
+        assert (small.dtype, back.dtype, back.scales) == ("int8", "fp32", None)
+        weights = block.weights(slice(None))
+        heaviest = np.abs(weights).max(axis=1)
+        assert (np.abs(small.values).max(axis=1)[heaviest > 0] == 127).all()
+        assert (np.abs(back.values - weights) <= heaviest[:, None] / 253).all()
 
 
 def test_values_beyond_the_format_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from models.kernels import Positives, cpu
 
 T = TypeVar("T")
 CONNECTIVITIES = ("dense", "shared", "private")
-DTYPES = ("fp32", "fp16", "bf16")
+DTYPES = ("fp32", "fp16", "bf16", "int8")
 # Where shared blocks have a first look in few bits.
 SCREENING = [level for level in cpu.LEVELS if level in ("avx2", "avx512", "avx512vnni")]
 

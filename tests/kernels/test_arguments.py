@@ -127,7 +127,6 @@ WRONG_CALLS = {
         r"^grad is float64 \[4, 3, 16\], expected float32 \[B, 3, 16\]$",
     ),
     "grad of fewer rows": (lambda: kernels.grad_values(X, GRAD[1:], BLOCK), "^grad has 3 rows, x has 4$"),
-    "int8 scores": (lambda: kernels.scores(np.zeros((1, 40), np.float32), quantized_block()), "do not read int8 values$"),
     "fp8 topk": (
         lambda: kernels.topk(np.zeros((1, 40), np.float32), head_of(quantized_block("fp8")), 1),
         "do not read fp8 values$",

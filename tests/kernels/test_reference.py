@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -14,18 +12,6 @@ from models.kernels import Optimizer, reference
 from tests.kernels.cases import Shape, copy, each_connectivity, head_of, random_block, random_input, random_positives
 
 SHAPE = Shape(9, 23, 70, 6, 32)
-
-
-def quantized(block: Block, dtype: str) -> Block:
-    """The block with int8 or fp8 values and a scale per label."""
-    scales = np.abs(block.values).max(axis=1) / {"int8": 127, "fp8": 448}[dtype]
-    return replace(block, dtype=dtype, scales=scales, values=dtypes.encode(block.values / scales[:, None, :], dtype))
-
-
-def block_of(connectivity: str, dtype: str) -> Block:
-    if dtype in dtypes.QUANTIZED:
-        return quantized(random_block(SHAPE, connectivity, "fp32"), dtype)
-    return random_block(SHAPE, connectivity, dtype)
 
 
 def positions(block: Block) -> torch.Tensor:
@@ -51,7 +37,7 @@ each_dtype = pytest.mark.parametrize("dtype", list(dtypes.STORAGE))
 @each_connectivity
 @each_dtype
 def test_scores_topk_and_gradients(dtype: str, connectivity: str) -> None:
-    block, x = block_of(connectivity, dtype), random_input(SHAPE)
+    block, x = random_block(SHAPE, connectivity, dtype), random_input(SHAPE)
     inputs = torch.from_numpy(x).double().requires_grad_()
     weights = torch.from_numpy(dtypes.decode(block.values, dtype, np.float64)).requires_grad_()
     scores = dense_scores(inputs, weights, block) + torch.from_numpy(block.bias).double()

@@ -91,8 +91,8 @@ def test_the_number_of_the_interface_goes_up_with_every_change() -> None:
     functions = [cpu._cpu.Block.__init__, *(each for each in vars(cpu._cpu).values() if hasattr(each, "__nb_signature__"))]
     arguments = {each.__name__: len(re.findall(r"\w+: ", each.__nb_signature__[0][0])) for each in functions}
     assert (cpu.INTERFACE, arguments) == (
-        7,
-        {"__init__": 7, "screen": 4, "sketch": 5, "sketched": 1, "topk": 7, "scores": 3, "train_step": 21}
+        8,
+        {"__init__": 8, "screen": 4, "sketch": 5, "sketched": 1, "topk": 7, "scores": 3, "train_step": 21}
         | {"grad_input": 3, "grad_values": 4}
         | {"levels": 0, "level": 0, "use_level": 1, "default_threads": 0, "threads": 0, "set_threads": 1},
     )

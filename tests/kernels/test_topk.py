@@ -116,6 +116,7 @@ def moved(block: Block, order: np.random.Generator) -> Block:
     return replace(
         block, values=np.ascontiguousarray(block.values[groups][..., slots]), indices=indices,
         bias=block.bias[groups][:, slots].copy(), label_ids=block.label_ids[groups][:, slots].copy(),
+        scales=None if block.scales is None else block.scales[groups][:, slots].copy(),
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 // Gradients of one group from the gradient of its scores. For dense and shared blocks K is walked in strips of a few inputs, so
 // that a strip's old weights, its gradients and its update stay in registers and L1.
 #pragma once
+#include "group.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -74,21 +75,21 @@ FANIN_INLINE void strip_values(const float* const* in, const float* g, int B, in
 // Calls each(k, n, old weights [n, G] fp32, grad_w [n, G]) for every strip of a dense or shared group. grad_xt may be null;
 // strip [2, STRIP, G] is scratch; grad_w is only computed when `values` is set.
 template <class T, class Each>
-FANIN_INLINE void backward_strips(const Block& block, const T* w, const uint16_t* index, const Batch& x, const float* g, const float* gt,
-                                  float* grad_xt, bool values, float* strip, Each each) {
-  const int K = block.fan_in, G = block.group_size;
+FANIN_INLINE void backward_strips(const Group<T>& group, const Batch& x, const float* g, const float* gt, float* grad_xt, bool values,
+                                  float* strip, Each each) {
+  const int K = group.K, G = group.G;
   float *old = strip, *grad_w = strip + STRIP * G;
   for (int k = 0; k < K; k += STRIP) {
     const int n = K - k < STRIP ? K - k : STRIP;
     const float* in[STRIP];
     float* out[STRIP];
     for (int i = 0; i < n; ++i) {
-      const int64_t offset = (int64_t)(index ? index[k + i] : k + i) * x.ldx;
+      const int64_t offset = (int64_t)(group.index ? group.index[k + i] : k + i) * x.ldx;
       in[i] = x.xt + offset;
       out[i] = grad_xt + offset;
     }
     if (grad_xt) {
-      for (int i = 0; i < n * G; i += W) store(old + i, load(w + (int64_t)k * G + i));
+      for (int i = 0; i < n * G; i += W) store(old + i, load(group.values + (int64_t)k * G + i));
       if (n == STRIP)
         strip_input<STRIP>(old, gt, G, x.ldx, out);
       else
@@ -106,14 +107,13 @@ FANIN_INLINE void backward_strips(const Block& block, const T* w, const uint16_t
 
 // Private: every label has its own inputs. gt [G, ldx]; grad_w [K, G] and grad_xt may be null.
 template <class T>
-FANIN_INLINE void backward_private(const Block& block, const T* w, const uint16_t* index, const Batch& x, const float* gt, float* grad_xt,
-                                   float* grad_w, float* wf) {
+FANIN_INLINE void backward_private(const Group<T>& group, const Batch& x, const float* gt, float* grad_xt, float* grad_w, float* wf) {
   constexpr int NV = 16 / W;
-  const int K = block.fan_in, G = block.group_size, ldx = x.ldx;
-  for (int64_t i = 0; i < (int64_t)K * G; i += W) store(wf + i, load(w + i));
+  const int K = group.K, G = group.G, ldx = x.ldx;
+  for (int64_t i = 0; i < (int64_t)K * G; i += W) store(wf + i, load(group.values + i));
   for (int k = 0; k < K; ++k)
     for (int g = 0; g < G; ++g) {
-      const int64_t at = (int64_t)k * G + g, offset = (int64_t)index[at] * ldx;
+      const int64_t at = (int64_t)k * G + g, offset = (int64_t)group.index[at] * ldx;
       const float* gradient = gt + (int64_t)g * ldx;
       if (grad_xt) {
         float* out = grad_xt + offset;

@@ -23,7 +23,8 @@ using SketchOffsets = Array<uint16_t, -1, -1, -1, 2>;
 using ScreenValues = Array<uint8_t, -1, -1, -1, 2>;
 
 static fanin::Block make_block(const std::string& connectivity, int width, const std::string& dtype, const nb::object& values,
-                               Array<const float, -1, -1> bias, Array<const int32_t, -1, -1> labels, const nb::object& indices) {
+                               Array<const float, -1, -1> bias, Array<const int32_t, -1, -1> labels, const nb::object& indices,
+                               const nb::object& scales) {
   // Memory-mapped buffers are read-only: only train_step writes, and it asks for writable arrays itself.
   const auto data = nb::cast<nb::ndarray<nb::numpy, nb::ro, nb::ndim<3>, nb::c_contig, nb::device::cpu>>(values);
   fanin::Block block{};
@@ -36,6 +37,8 @@ static fanin::Block make_block(const std::string& connectivity, int width, const
     block.dtype = fanin::DType::fp16;
   else if (dtype == "bf16")
     block.dtype = fanin::DType::bf16;
+  else if (dtype == "int8")
+    block.dtype = fanin::DType::int8;
   else
     throw nb::value_error(("the CPU kernels do not read " + dtype + " values").c_str());
   block.groups = (int64_t)data.shape(0);
@@ -45,6 +48,7 @@ static fanin::Block make_block(const std::string& connectivity, int width, const
   block.values = const_cast<void*>(data.data());
   block.indices = indices.is_none() ? nullptr : nb::cast<Indices>(indices).data();
   block.bias = const_cast<float*>(bias.data());
+  block.scales = scales.is_none() ? nullptr : nb::cast<Array<const float, -1, -1>>(scales).data();
   block.labels = labels.data();
   return block;
 }
@@ -82,15 +86,15 @@ static void train_step(const fanin::Block& block, Array<const float, -1, -1> x, 
 
 NB_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of the head (C++); use them through models.kernels.";
-  m.attr("interface") = 7;  // models/kernels/cpu.py compares it; goes up with every change of a signature below
+  m.attr("interface") = 8;  // models/kernels/cpu.py compares it; goes up with every change of a signature below
   nb::class_<fanin::Block>(m, "Block").def(
       "__init__",
       [](fanin::Block* self, const std::string& connectivity, int width, const std::string& dtype, const nb::object& values,
-         Array<const float, -1, -1> bias, Array<const int32_t, -1, -1> labels, const nb::object& indices) {
-        new (self) fanin::Block(make_block(connectivity, width, dtype, values, bias, labels, indices));
+         Array<const float, -1, -1> bias, Array<const int32_t, -1, -1> labels, const nb::object& indices, const nb::object& scales) {
+        new (self) fanin::Block(make_block(connectivity, width, dtype, values, bias, labels, indices, scales));
       },
-      "connectivity"_a, "width"_a, "dtype"_a, "values"_a, "bias"_a, "labels"_a, "indices"_a.none(),
-      nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>(),
+      "connectivity"_a, "width"_a, "dtype"_a, "values"_a, "bias"_a, "labels"_a, "indices"_a.none(), "scales"_a.none(),
+      nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>(),
       "Pointers into a block's buffers, which it keeps alive.")
       .def("use_screen", [](fanin::Block& self, ScreenValues coarse, ScreenValues fine, Array<float, 6, -1> scale) {
         self.screen = make_screen(coarse, fine, scale);

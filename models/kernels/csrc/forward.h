@@ -1,6 +1,7 @@
 // Scores of one group. Two forms: along the labels, z [B, G] (dense, shared, and private for few rows), and along the batch,
 // z^T [G, ldx] (private for many rows, where each label reads other inputs).
 #pragma once
+#include "group.h"
 #include "kernels.h"
 #include "simd.h"
 #include "tiles.h"
@@ -11,9 +12,12 @@ namespace {
 
 constexpr int LONG_SUM = 256;  // partial sums of at most this many products keep fp32 error small for large fan-ins
 
-// z[b, :] for BT rows and NV vectors of labels, in registers while the inputs stream by.
+// z[b, g…] for BT rows and NV vectors of labels, in registers while the inputs stream by; `z` is that of the first row.
 template <class T, int NV, int BT>
-FANIN_INLINE void tile(const T* w, const uint16_t* index, int K, int G, const float* xt, int ldx, const float* bias, float* z) {
+FANIN_INLINE void tile(const Group<T>& group, int g, const float* xt, int ldx, float* z) {
+  const int K = group.K, G = group.G;
+  const T* w = group.values + g;
+  const uint16_t* index = group.index;
   for (int from = 0; from < K; from += LONG_SUM) {
     const int to = K - from < LONG_SUM ? K : from + LONG_SUM;
     vf acc[BT][NV];
@@ -30,29 +34,29 @@ FANIN_INLINE void tile(const T* w, const uint16_t* index, int K, int G, const fl
     }
     for (int b = 0; b < BT; ++b)
       for (int v = 0; v < NV; ++v) {
-        float* out = z + (int64_t)b * G + v * W;
-        store(out, acc[b][v] + load(from ? out : bias + v * W));
+        float* out = z + (int64_t)b * G + g + v * W;
+        store(out, group.finished(acc[b][v], g + v * W, load(from ? out : group.bias + g + v * W)));
       }
   }
 }
 
 template <class T, int NV>
-void labels_forward(const T* w, const uint16_t* index, int K, int G, const Batch& x, const float* bias, float* z) {
+void labels_forward(const Group<T>& group, const Batch& x, float* z) {
   for_tiles(x.rows, [&](int b, auto height) __attribute__((always_inline)) {
-    for (int g = 0; g < G; g += NV * W)
-      tile<T, NV, height>(w + g, index, K, G, x.xt + b, x.ldx, bias + g, z + (int64_t)b * G + g);
+    for (int g = 0; g < group.G; g += NV * W) tile<T, NV, height>(group, g, x.xt + b, x.ldx, z + (int64_t)b * group.G);
   });
 }
 
 template <class T, int NV>
-void one_row_forward(const T* w, const uint16_t* index, int K, int G, const float* x, const float* bias, float* z) {
-  for (int g = 0; g < G; g += NV * W) tile<T, NV, 1>(w + g, index, K, G, x, 1, bias + g, z + g);
+void one_row_forward(const Group<T>& group, const float* x, float* z) {
+  for (int g = 0; g < group.G; g += NV * W) tile<T, NV, 1>(group, g, x, 1, z);
 }
 
 // Private, few rows: inputs of W labels gathered side by side.
 template <class T>
-void gather_forward(const T* w, const uint16_t* index, int K, int G, const Batch& x, int width, const float* bias, float* z) {
+void gather_forward(const Group<T>& group, const Batch& x, int width, float* z) {
   constexpr int NV = 16 / W;
+  const int K = group.K, G = group.G;
   for (int b = 0; b < x.rows; ++b) {
     const float* in = x.x + (int64_t)b * width;
     asm("" : "+r"(in));  // else GCC adds b·width to every index
@@ -64,11 +68,11 @@ void gather_forward(const T* w, const uint16_t* index, int K, int G, const Batch
         for (int k = from; k < to; ++k)
           for (int v = 0; v < NV; ++v) {
             const int64_t at = (int64_t)k * G + g + v * W;
-            acc[v] += load(w + at) * gather(in, index + at);
+            acc[v] += load(group.values + at) * gather(in, group.index + at);
           }
         for (int v = 0; v < NV; ++v) {
           float* out = z + (int64_t)b * G + g + v * W;
-          store(out, acc[v] + load(from ? out : bias + g + v * W));
+          store(out, group.finished(acc[v], g + v * W, load(from ? out : group.bias + g + v * W)));
         }
       }
     }
@@ -77,22 +81,21 @@ void gather_forward(const T* w, const uint16_t* index, int K, int G, const Batch
 
 // z [B, G] of a group of any connectivity.
 template <class T>
-void forward_rows(const Block& block, const T* w, const uint16_t* index, const Batch& x, const float* bias, float* z) {
-  const int K = block.fan_in, G = block.group_size;
-  if (block.connectivity == Connectivity::private_) return gather_forward(w, index, K, G, x, block.width, bias, z);
-  if (x.rows == 1 && G % 32 == 0) return one_row_forward<T, 32 / W>(w, index, K, G, x.x, bias, z);
-  if (x.rows == 1) return one_row_forward<T, 16 / W>(w, index, K, G, x.x, bias, z);
-  if (G % (2 * W) == 0) return labels_forward<T, 2>(w, index, K, G, x, bias, z);
-  return labels_forward<T, 1>(w, index, K, G, x, bias, z);
+void forward_rows(const Block& block, const Group<T>& group, const Batch& x, float* z) {
+  if (block.connectivity == Connectivity::private_) return gather_forward(group, x, block.width, z);
+  if (x.rows == 1 && group.G % 32 == 0) return one_row_forward<T, 32 / W>(group, x.x, z);
+  if (x.rows == 1) return one_row_forward<T, 16 / W>(group, x.x, z);
+  if (group.G % (2 * W) == 0) return labels_forward<T, 2>(group, x, z);
+  return labels_forward<T, 1>(group, x, z);
 }
 
-// z^T [G, ldx] of a private group: the batch lies along the vectors. `wf` [K, G] is scratch for the weights as fp32.
+// z^T [G, ldx] of a private group: the batch lies along the vectors. `wf` [K, G] is scratch for the stored numbers as fp32.
 template <class T>
-void forward_columns(const Block& block, const T* w, const uint16_t* index, const Batch& x, const float* bias, float* wf, float* zt) {
+void forward_columns(const Group<T>& group, const Batch& x, float* wf, float* zt) {
   constexpr int NV = 16 / W;    // vectors of 16 rows
   constexpr int LT = 8 / NV;    // labels side by side, so that eight sums are in flight
-  const int K = block.fan_in, G = block.group_size;
-  for (int64_t i = 0; i < (int64_t)K * G; i += W) store(wf + i, load(w + i));
+  const int K = group.K, G = group.G;
+  for (int64_t i = 0; i < (int64_t)K * G; i += W) store(wf + i, load(group.values + i));
   for (int b = 0; b < x.ldx; b += 16) {
     const float* in = x.xt + b;
     for (int g = 0; g < G; g += LT) {
@@ -104,14 +107,14 @@ void forward_columns(const Block& block, const T* w, const uint16_t* index, cons
         for (int k = from; k < to; ++k)
           for (int l = 0; l < LT; ++l) {
             const int64_t at = (int64_t)k * G + g + l;
-            const float* row = in + (int64_t)index[at] * x.ldx;
+            const float* row = in + (int64_t)group.index[at] * x.ldx;
             const vf wl = broadcast(wf[at]);
             for (int v = 0; v < NV; ++v) acc[l][v] += wl * load(row + v * W);
           }
         for (int l = 0; l < LT; ++l)
           for (int v = 0; v < NV; ++v) {
             float* out = zt + (int64_t)(g + l) * x.ldx + b + v * W;
-            store(out, acc[l][v] + (from ? load(out) : broadcast(bias[g + l])));
+            store(out, group.finished_rows(acc[l][v], g + l, from ? load(out) : broadcast(group.bias[g + l])));
           }
       }
     }

@@ -4,6 +4,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "gate.h"
+#include "group.h"
 #include "loss.h"
 #include "screen.h"
 #include "screen_pairs.h"
@@ -17,24 +18,6 @@
 namespace fanin {
 namespace FANIN_LEVEL {
 namespace {
-
-// The parts of a block that belong to one group.
-template <class T>
-struct Group {
-  T* values;
-  const uint16_t* index;
-  float* bias;
-  const int32_t* labels;
-
-  Group(const Block& block, int64_t n) {
-    const int64_t K = block.fan_in, G = block.group_size;
-    const int64_t stride = block.connectivity == Connectivity::private_ ? K * G : K;
-    values = (T*)block.values + n * K * G;
-    index = block.indices ? block.indices + n * stride : nullptr;
-    bias = block.bias + n * G;
-    labels = block.labels + n * G;
-  }
-};
 
 bool along_batch(const Block& block, const Batch& x) {
   return block.connectivity == Connectivity::private_ && x.rows >= PRIVATE_BATCH;
@@ -60,7 +43,7 @@ void topk_row(const Block& block, const Batch& x, const Rows8& rows8, int64_t be
       while (gate && open < at) open = next_group(*gate, 1, open + 1, end, G);
       if (gate && open > at) continue;
       const Group<T> group(block, at);
-      forward_rows(block, group.values, group.index, x, group.bias, scratch);
+      forward_rows(block, group, x, scratch);
       select_rows(scratch, 1, G, group.labels, gate ? gate->open : nullptr, best);
     }
     n += single ? 1 : TOGETHER;
@@ -83,7 +66,7 @@ void topk(const Block& block, const Batch& x, const Looks& looks, int64_t begin,
     const Group<T> group(block, n);
 #if defined(FANIN_AVX512VNNI)
     if (looks.columns8) {
-      sketched_columns(block, x, *looks.columns8, n, group.values, group.index, group.bias, group.labels, open, best, scratch);
+      sketched_columns(block, group, n, x, *looks.columns8, open, best, scratch);
       continue;
     }
 #endif
@@ -101,7 +84,7 @@ void topk(const Block& block, const Batch& x, const Looks& looks, int64_t begin,
         for (int b = 0; b < x.rows; ++b) {
           if (!found[b]) continue;
           const float* in = x.x + (int64_t)b * block.width;
-          forward_rows(block, group.values, group.index, Batch{1, 1, in, in}, group.bias, z);
+          forward_rows(block, group, Batch{1, 1, in, in}, z);
           Best one{best.k, best.scores + (int64_t)b * best.k, best.labels + (int64_t)b * best.k, best.count + b, best.threshold + b};
           select_rows(z, 1, G, group.labels, open ? open + (int64_t)b * (G / 16) : nullptr, one);
         }
@@ -109,10 +92,10 @@ void topk(const Block& block, const Batch& x, const Looks& looks, int64_t begin,
       }
     }
     if (columns) {
-      forward_columns(block, group.values, group.index, x, group.bias, wf, z);
+      forward_columns(group, x, wf, z);
       select_columns(z, x.rows, x.ldx, G, group.labels, open, limit, best);
     } else {
-      forward_rows(block, group.values, group.index, x, group.bias, z);
+      forward_rows(block, group, x, z);
       select_rows(z, x.rows, G, group.labels, open, best);
     }
   }
@@ -126,9 +109,9 @@ void scores(const Block& block, const Batch& x, int64_t begin, int64_t end, floa
   for (int64_t n = begin; n < end; ++n) {
     const Group<T> group(block, n);
     if (columns)
-      forward_columns(block, group.values, group.index, x, group.bias, wf, z);
+      forward_columns(group, x, wf, z);
     else
-      forward_rows(block, group.values, group.index, x, group.bias, z);
+      forward_rows(block, group, x, z);
     for (int b = 0; b < x.rows; ++b)
       for (int g = 0; g < G; ++g) {
         const float score = columns ? z[(int64_t)g * x.ldx + b] : z[(int64_t)b * G + g];
@@ -166,7 +149,7 @@ double train(const Block& block, const Batch& x, const Step& step, int64_t begin
   for (int64_t n = begin; n < end; ++n) {
     const Group<T> group(block, n);
     if (columns) {
-      forward_columns(block, group.values, group.index, x, group.bias, wf, z);
+      forward_columns(group, x, wf, z);
       for (int l = 0; l < G; ++l) {
         if (group.labels[l] >= 0)
           loss += loss_tile(step.loss, z + (int64_t)l * x.ldx, gt + (int64_t)l * x.ldx, 1, x.ldx, mask, scale);
@@ -175,7 +158,7 @@ double train(const Block& block, const Batch& x, const Step& step, int64_t begin
       }
     } else {
       for (int l = 0; l < G; ++l) mask[l] = group.labels[l] >= 0;
-      forward_rows(block, group.values, group.index, x, group.bias, z);
+      forward_rows(block, group, x, z);
       loss += loss_tile(step.loss, z, g, B, G, mask, scale);
     }
     for (; at < step.positives && step.slots[at] < (n + 1) * G; ++at) {
@@ -186,7 +169,7 @@ double train(const Block& block, const Batch& x, const Step& step, int64_t begin
     const Random random(splitmix(step.key + (uint64_t)n));
     float *first = step.moment[0] ? step.moment[0] + n * K * G : nullptr, *second = step.moment[1] ? step.moment[1] + n * K * G : nullptr;
     if (columns) {
-      backward_private(block, group.values, group.index, x, gt, grad_xt, grad_w, wf);
+      backward_private(group, x, gt, grad_xt, grad_w, wf);
       update(group.values, grad_w, first, second, K * G, step, step.decay, random, 0);
       for (int l = 0; l < G; ++l) {
         vf total{};
@@ -195,7 +178,7 @@ double train(const Block& block, const Batch& x, const Step& step, int64_t begin
       }
     } else {
       transpose_gradient(g, gt, B, G, x.ldx);
-      backward_strips(block, group.values, group.index, x, g, gt, grad_xt, true, strip, [&](int k, int rows, const float* grad) {
+      backward_strips(group, x, g, gt, grad_xt, true, strip, [&](int k, int rows, const float* grad) {
         const int64_t from = (int64_t)k * G;
         update(group.values + from, grad, first ? first + from : nullptr, second ? second + from : nullptr, rows * G, step, step.decay,
                random, (uint32_t)from);
@@ -221,36 +204,40 @@ void backward(const Block& block, const Batch& x, const float* grad, int64_t beg
   for (int64_t n = begin; n < end; ++n) {
     const Group<T> group(block, n);
     for (int b = 0; b < B; ++b)
-      for (int i = 0; i < G; i += W) store(g + (int64_t)b * G + i, load(grad + ((int64_t)b * block.groups + n) * G + i));
+      for (int i = 0; i < G; i += W)
+        store(g + (int64_t)b * G + i, group.scaled(load(grad + ((int64_t)b * block.groups + n) * G + i), i));
     transpose_gradient(g, gt, B, G, x.ldx);
     float* out = grad_values ? grad_values + n * K * G : nullptr;
     if (block.connectivity == Connectivity::private_)
-      backward_private(block, group.values, group.index, x, gt, grad_xt, out, wf);
+      backward_private(group, x, gt, grad_xt, out, wf);
     else
-      backward_strips(block, group.values, group.index, x, g, gt, grad_xt, out != nullptr, strip, [&](int k, int rows, const float* part) {
+      backward_strips(group, x, g, gt, grad_xt, out != nullptr, strip, [&](int k, int rows, const float* part) {
         if (out) std::memcpy(out + (int64_t)k * G, part, sizeof(float) * rows * G);
       });
   }
 }
 
+// Calls work with a null pointer to the type of the block's stored numbers.
+template <class Work>
+auto of_type(const Block& block, Work work) {
+  switch (block.dtype) {
+    case DType::fp32: return work((float*)nullptr);
+    case DType::fp16: return work((fp16*)nullptr);
+    case DType::bf16: return work((bf16*)nullptr);
+    case DType::int8: return work((int8_t*)nullptr);
+  }
+  __builtin_unreachable();
+}
+
 void topk_any(const Block& block, const Batch& x, const Looks& looks, int64_t begin, int64_t end, Gate* gate, Best& best,
               float* scratch) {
-  switch (block.dtype) {
-    case DType::fp32: return topk<float>(block, x, looks, begin, end, gate, best, scratch);
-    case DType::fp16: return topk<fp16>(block, x, looks, begin, end, gate, best, scratch);
-    case DType::bf16: return topk<bf16>(block, x, looks, begin, end, gate, best, scratch);
-  }
+  of_type(block, [&]<class T>(T*) { topk<T>(block, x, looks, begin, end, gate, best, scratch); });
 }
 
 #if defined(FANIN_SCREENS)
 constexpr int SCREEN_LANES = LANES;
 bool screen_any(const Block& block, int64_t begin, int64_t end, const Screen& out, float* scratch) {
-  switch (block.dtype) {
-    case DType::fp32: return make_screen<float>(block, begin, end, out, scratch);
-    case DType::fp16: return make_screen<fp16>(block, begin, end, out, scratch);
-    case DType::bf16: return make_screen<bf16>(block, begin, end, out, scratch);
-  }
-  return false;
+  return of_type(block, [&]<class T>(T*) { return make_screen<T>(block, begin, end, out, scratch); });
 }
 #else
 constexpr int SCREEN_LANES = 0;
@@ -258,20 +245,11 @@ constexpr bool (*screen_any)(const Block&, int64_t, int64_t, const Screen&, floa
 #endif
 
 bool sketch_any(const Block& block, int64_t begin, int64_t end, const Sketch& out, float* scratch) {
-  switch (block.dtype) {
-    case DType::fp32: return make_sketch<float>(block, begin, end, out, scratch);
-    case DType::fp16: return make_sketch<fp16>(block, begin, end, out, scratch);
-    case DType::bf16: return make_sketch<bf16>(block, begin, end, out, scratch);
-  }
-  return false;
+  return of_type(block, [&]<class T>(T*) { return make_sketch<T>(block, begin, end, out, scratch); });
 }
 
 void scores_any(const Block& block, const Batch& x, int64_t begin, int64_t end, float* out, float* scratch) {
-  switch (block.dtype) {
-    case DType::fp32: return scores<float>(block, x, begin, end, out, scratch);
-    case DType::fp16: return scores<fp16>(block, x, begin, end, out, scratch);
-    case DType::bf16: return scores<bf16>(block, x, begin, end, out, scratch);
-  }
+  of_type(block, [&]<class T>(T*) { scores<T>(block, x, begin, end, out, scratch); });
 }
 
 double train_any(const Block& block, const Batch& x, const Step& step, int64_t begin, int64_t end, float* grad_xt, float* scratch) {
@@ -281,11 +259,7 @@ double train_any(const Block& block, const Batch& x, const Step& step, int64_t b
 
 void backward_any(const Block& block, const Batch& x, const float* grad, int64_t begin, int64_t end, float* grad_xt, float* grad_values,
                   float* scratch) {
-  switch (block.dtype) {
-    case DType::fp32: return backward<float>(block, x, grad, begin, end, grad_xt, grad_values, scratch);
-    case DType::fp16: return backward<fp16>(block, x, grad, begin, end, grad_xt, grad_values, scratch);
-    case DType::bf16: return backward<bf16>(block, x, grad, begin, end, grad_xt, grad_values, scratch);
-  }
+  of_type(block, [&]<class T>(T*) { backward<T>(block, x, grad, begin, end, grad_xt, grad_values, scratch); });
 }
 
 #if defined(FANIN_AVX512VNNI)

@@ -6,7 +6,7 @@
 namespace fanin {
 
 enum class Connectivity { dense, shared, private_ };
-enum class DType { fp32, fp16, bf16 };
+enum class DType { fp32, fp16, bf16, int8 };
 enum class Loss { bce, squared_hinge };
 enum class Update { sgd, momentum, adam };
 
@@ -43,6 +43,7 @@ struct Block {
   void* values;             // [N, K, G]
   const uint16_t* indices;  // shared [N, K], private [N, K, G], dense null
   float* bias;              // [N, G]
+  const float* scales;      // [N, G], of int8 values; else null
   const int32_t* labels;    // [N, G], −1 = padding
   Screen screen;
   Sketch sketch;

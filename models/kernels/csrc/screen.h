@@ -9,6 +9,7 @@
 // Σ c·u − 7.5 · Σ u, the second's is that and (Σ f·u − 1.5 · Σ u) / 4. Both fit into 16 bits, as units are chosen such that
 // Σ|q| ≤ 257; on the way they may leave these bits and come back.
 #pragma once
+#include "group.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -35,9 +36,8 @@ bool make_screen(const Block& block, int64_t begin, int64_t end, const Screen& o
   const int K = block.fan_in, G = block.group_size;
   float *wf = scratch, *size = wf + (int64_t)K * G, *rest = size + 2 * G;
   for (int64_t n = begin; n < end; ++n) {
-    const T* w = (const T*)block.values + n * K * G;
     float most = 0, largest = 0;
-    for (int64_t i = 0; i < (int64_t)K * G; i += W) store(wf + i, load(w + i));
+    weights(Group<T>(block, n), wf);
     for (int g = 0; g < G; ++g) size[g] = 0;
     for (int k = 0; k < K; ++k)
       for (int g = 0; g < G; ++g) {

@@ -262,6 +262,7 @@ FANIN_INLINE vu widened(const uint8_t* p) { return (vu)_mm512_cvtepu16_epi32(_mm
 FANIN_INLINE float decoded(float a) { return a; }
 FANIN_INLINE float decoded(bf16 a) { const uint32_t bits = (uint32_t)a.bits << 16; float f; std::memcpy(&f, &bits, 4); return f; }
 FANIN_INLINE float decoded(fp16 a) { return _cvtsh_ss(a.bits); }
+FANIN_INLINE float decoded(int8_t a) { return a; }
 
 FANIN_INLINE vu absolute_bytes(vu a) { return (vu)_mm512_abs_epi8((__m512i)a); }
 FANIN_INLINE vi maximum(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
@@ -278,6 +279,22 @@ FANIN_INLINE vf square_root(vf a) {
 #else
   for (int i = 0; i < W; ++i) a[i] = __builtin_sqrtf(a[i]);
   return a;
+#endif
+}
+
+// a · b + c, rounded once where the level can; the compiler fuses some and not others.
+FANIN_INLINE vf multiply_add(vf a, vf b, vf c) {
+#if defined(FANIN_AVX512)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(FANIN_AVX2)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(FANIN_NEON)
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#elif defined(__FP_FAST_FMAF)
+  for (int i = 0; i < W; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
 #endif
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 #include <algorithm>
 
+#include "group.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -19,9 +20,8 @@ template <class T>
 bool make_sketch(const Block& block, int64_t begin, int64_t end, const Sketch& out, float* wf) {
   const int K = block.fan_in, G = block.group_size, kept = out.kept;
   for (int64_t n = begin; n < end; ++n) {
-    const T* w = (const T*)block.values + n * K * G;
     float most = 0;
-    for (int64_t i = 0; i < (int64_t)K * G; i += W) store(wf + i, load(w + i));
+    weights(Group<T>(block, n), wf);
     for (int64_t i = 0; i < (int64_t)K * G; ++i) {
       const float a = __builtin_fabsf(wf[i]);
       if (!(a < LARGEST_SCREENED)) return false;

@@ -45,20 +45,20 @@ static_assert(MAX_SKETCHED_FAN_IN <= LONG_SUM);  // or forward_columns would add
 
 // The label's scores for the 16 rows from b on, as forward_columns has them.
 template <class T>
-vf exact_column(const Block& block, const T* w, const uint16_t* index, const float* bias, int g, const Batch& x, int b) {
+vf exact_column(const Group<T>& group, int g, const Batch& x, int b) {
   vf sum{};
-  for (int k = 0; k < block.fan_in; ++k) {
-    const int64_t at = (int64_t)k * block.group_size + g;
-    sum += broadcast(decoded(w[at])) * load(x.xt + (int64_t)index[at] * x.ldx + b);
+  for (int k = 0; k < group.K; ++k) {
+    const int64_t at = (int64_t)k * group.G + g;
+    sum += broadcast(decoded(group.values[at])) * load(x.xt + (int64_t)group.index[at] * x.ldx + b);
   }
-  return sum + bias[g];
+  return group.finished_rows(sum, g, broadcast(group.bias[g]));
 }
 
 // What the labels of group n have for the k best of each row; as select_columns, but for what need not be computed.
 // `scratch` holds ⌈K'/4⌉ · G + 3 · G floats.
 template <class T>
-void sketched_columns(const Block& block, const Batch& x, const Columns8& x8, int64_t n, const T* w, const uint16_t* index,
-                      const float* bias, const int32_t* labels, const uint16_t* open, Best& best, float* scratch) {
+void sketched_columns(const Block& block, const Group<T>& group, int64_t n, const Batch& x, const Columns8& x8, const uint16_t* open,
+                      Best& best, float* scratch) {
   constexpr int LABELS = 8;  // side by side
   const int G = block.group_size, kept = block.sketch.kept;
   uint32_t* weights = (uint32_t*)scratch;
@@ -97,12 +97,12 @@ void sketched_columns(const Block& block, const Batch& x, const Columns8& x8, in
       for (int l = 0; l < LABELS; ++l) {
         const vf most = __builtin_convertvector(sum[l], vf) * unit + (norm * rest[g + l] + columns.bias[g + l]);
         uint32_t mask = greater(most, least) & live;
-        if (!mask || labels[g + l] < 0) continue;
-        const vf score = exact_column(block, w, index, bias, g + l, x, b);
+        if (!mask || group.labels[g + l] < 0) continue;
+        const vf score = exact_column(group, g + l, x, b);
         for (mask &= greater(score, load(best.threshold + b)); mask; mask &= mask - 1) {
           const int at = __builtin_ctz(mask), row = b + at;
           if (open && !(open[((int64_t)row * G + g + l) / 16] >> ((g + l) % 16) & 1)) continue;
-          push(best, row, score[at], labels[g + l]);
+          push(best, row, score[at], group.labels[g + l]);
         }
         least = limit();
       }
