@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models import kernels
-from models.dtypes import encode
+from models.dtypes import encode, quantize
 from models.head import Block, Head
 from models.kernels import cpu
 from tests.kernels.cases import DTYPES, SCREENING, Shape, copy, each_level, head_of, random_block, random_input
@@ -50,7 +50,7 @@ def test_answers_stay_the_same(shape: Shape, dtype: str, k: int, level: str) -> 
 
 
 def unusual(data: st.DataObject, shape: Shape, connectivity: str) -> tuple[np.ndarray, Block]:
-    """Groups and rows of very different size, outliers, zeros, biases that decide, nearly equal labels."""
+    """Groups and rows of very different size, outliers, zeros, biases that decide, nearly equal labels; fp32 or any int8."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     block = random_block(shape, connectivity, "fp32")
 
@@ -71,7 +71,18 @@ def unusual(data: st.DataObject, shape: Shape, connectivity: str) -> tuple[np.nd
         x[:, rng.integers(shape.D)] *= 300
     if data.draw(st.booleans()):
         x[rng.random(x.shape) < 0.5] = 0
-    return x.astype(np.float32), copy(block, values=values.astype(np.float32), bias=bias.astype(np.float32))
+    block, values = copy(block, bias=bias.astype(np.float32)), values.astype(np.float32)
+    if data.draw(st.booleans()):
+        return x.astype(np.float32), copy(block, values=values)
+    values, scales = quantize(values, "int8")
+    values[rng.random(values.shape) < 0.01] = -128
+    scales *= rng.choice([-1, 1], scales.shape)
+    return x.astype(np.float32), copy(block, dtype="int8", values=values, scales=scales)
+
+
+def overwrite(block: Block, groups: slice) -> None:
+    """Makes scores of these groups huge."""
+    (block.values if block.scales is None else block.scales)[groups] = 1e6
 
 
 @each_screening_level
@@ -86,15 +97,16 @@ def test_whatever_the_numbers_are(level: str, data: st.DataObject) -> None:
 
 @each_screening_level
 @pytest.mark.parametrize("B", [1, 30])
-def test_weights_of_labels_that_cannot_win_are_not_read(B: int, level: str) -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_weights_of_labels_that_cannot_win_are_not_read(dtype: str, B: int, level: str) -> None:
     """Seen by what happens when they change after the first look was made: nothing."""
     cpu.set_threads(1)
     shape = Shape(B, 384, 50_000, 32, 32)
-    block = random_block(shape, "shared", "fp32")
+    block = random_block(shape, "shared", dtype)
     block.bias[:100] = 30  # the best labels come first
     head, x = head_of(block), random_input(shape)
     screens, expected = kernels.screen(head), kernels.topk(x, head, 10)
-    block.values[100:] = 1e6
+    overwrite(block, slice(100, None))
     np.testing.assert_array_equal(kernels.topk(x, head, 10, screens=screens), expected)
     assert (kernels.topk(x, head, 10)[0] != expected[0]).any()
 

@@ -11,7 +11,7 @@ from models import kernels
 from models.dtypes import decode
 from models.kernels import Subset, cpu
 from tests.kernels.cases import DTYPES, Shape, copy, each_level, head_of, random_block, random_input
-from tests.kernels.test_screen import assert_same, examples, unusual, with_value
+from tests.kernels.test_screen import assert_same, examples, overwrite, unusual, with_value
 
 
 @each_level
@@ -87,16 +87,17 @@ def test_rows_of_zeros_and_filters(level: str) -> None:
 
 @each_level
 @pytest.mark.parametrize("B", [1, 7, 16, 33])
-def test_weights_of_labels_that_cannot_win_are_not_read(B: int, level: str) -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_weights_of_labels_that_cannot_win_are_not_read(dtype: str, B: int, level: str) -> None:
     """Seen by what happens when they change after the first look was made: nothing."""
     if B > 7 and level != "avx512vnni":
         B = 7  # more run along the batch there and read all weights
     cpu.set_threads(1)
-    block = random_block(Shape(B, 384, 20_000, 32, 32), "private", "fp32")
+    block = random_block(Shape(B, 384, 20_000, 32, 32), "private", dtype)
     block.bias[:100] = 30  # the best labels come first
     head, x = head_of(block), random_input(Shape(B, 384, 20_000, 32, 32))
     screens, expected = kernels.screen(head), kernels.topk(x, head, 10)
-    block.values[100:] = 1e6
+    overwrite(block, slice(100, None))
     np.testing.assert_array_equal(kernels.topk(x, head, 10, screens=screens), expected)
     assert (kernels.topk(x, head, 10)[0] != expected[0]).any()
 

@@ -72,7 +72,7 @@ FANIN_INLINE void strip_values(const float* const* in, const float* g, int B, in
   }
 }
 
-// Calls each(k, n, old weights [n, G] fp32, grad_w [n, G]) for every strip of a dense or shared group. grad_xt may be null;
+// Calls each(k, n, grad_w [n, G]) for every strip of a dense or shared group. grad_xt may be null;
 // strip [2, STRIP, G] is scratch; grad_w is only computed when `values` is set.
 template <class T, class Each>
 FANIN_INLINE void backward_strips(const Group<T>& group, const Batch& x, const float* g, const float* gt, float* grad_xt, bool values,

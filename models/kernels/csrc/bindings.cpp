@@ -48,7 +48,8 @@ static fanin::Block make_block(const std::string& connectivity, int width, const
   block.values = const_cast<void*>(data.data());
   block.indices = indices.is_none() ? nullptr : nb::cast<Indices>(indices).data();
   block.bias = const_cast<float*>(bias.data());
-  block.scales = scales.is_none() ? nullptr : nb::cast<Array<const float, -1, -1>>(scales).data();
+  if (scales.is_none() == (block.dtype == fanin::DType::int8)) throw nb::value_error("int8 values, and no others, come with scales");
+  block.scales = scales.is_none() ? nullptr : nb::cast<Array<const float, -1, -1>>(scales, false).data();
   block.labels = labels.data();
   return block;
 }

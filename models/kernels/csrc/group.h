@@ -15,8 +15,8 @@ constexpr bool SCALED<int8_t> = true;
 template <class T>
 struct Group {
   int K, G;
-  T* values;              // [K, G], or [K, G] of private connections
-  const uint16_t* index;  // [K], [K, G], or null
+  T* values;              // [K, G]
+  const uint16_t* index;  // [K], private [K, G], dense null
   float* bias;            // [G]
   const float* scale;     // [G], what stored numbers stand for; null where that is themselves
   const int32_t* labels;  // [G]

@@ -103,9 +103,9 @@ FANIN_INLINE vf load(const int8_t* p) {
 #elif defined(FANIN_AVX2)
   return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 #else
-  vf v;
-  for (int i = 0; i < W; ++i) v[i] = p[i];
-  return v;
+  int8_t bytes __attribute__((vector_size(W)));
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, vi), vf);
 #endif
 }
 
