@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from models.head import Connectivity
     from models.kernels import Loss
 
-# Other defaults with a pretrained encoder: it takes smaller steps, and learns a small data set by heart sooner.
-PRETRAINED = {"encoder_lr": 2e-4, "dropout": 0.4}
+# Other defaults with a pretrained encoder: it takes smaller steps, learns a small data set by heart sooner, and a ReLU layer
+# spreads its outputs. Behind an encoder that knows nothing yet the units of that layer die (docs/LOG.md).
+PRETRAINED = {"encoder_lr": 2e-4, "dropout": 0.4, "intermediate": 2048}
 
 
 class SettingsError(ValueError):
@@ -120,7 +121,7 @@ class Settings:
     freeze_encoder: bool = _encoder(False, "embed each text once, then train only the intermediate layer and the head")
     pooling: Pooling = _encoder("mean", "how the embeddings of a text's tokens become one", choices=("mean", "cls", "last"))
     max_length: int = _encoder(128, "tokens of a text that are read, the rest is cut off", _count, unit="TOKENS")
-    intermediate: int = _encoder(2048, "units of the ReLU layer between transformer and head, 0 for none", _whole, unit="D")
+    intermediate: int = _encoder(0, "units of the ReLU layer between transformer and head, 0 for none", _whole, unit="D")
     dropout: float = _encoder(0.1, "share of the pooled embedding dropped while training", _share, unit="SHARE")
     encoder_dtype: Dtype = _encoder(
         "fp32",
@@ -282,7 +283,7 @@ def new(given: dict[str, Any]) -> Settings:
     if "tiers" in given:
         preset = {name: value for name, value in preset.items() if name not in ("fan_in", "dense_labels")}
     pretrained = (preset | given).get("encoder", Settings.encoder) != "small"
-    if pretrained != (preset.get("encoder", Settings.encoder) != "small"):  # its steps suit the other kind
+    if pretrained != (preset.get("encoder", Settings.encoder) != "small"):  # made for the other kind
         preset = {name: value for name, value in preset.items() if name not in PRETRAINED}
     settings = Settings(**((PRETRAINED if pretrained else {}) | preset | given))
     _check(settings)

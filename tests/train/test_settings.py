@@ -39,9 +39,10 @@ def test_defaults_depend_on_the_encoder_and_flags_win(tmp_path):
     assert settings.new(given | {"encoder": "some/model", "dropout": 0.0}).dropout == 0
     beside_preset = settings.new(given | {"encoder": "some/model", "preset": "cpu"})
     assert beside_preset.encoder_lr == pretrained.encoder_lr
+    assert beside_preset.intermediate == pretrained.intermediate > 0
     assert beside_preset.fan_in == PRESETS["cpu"]["fan_in"]
     small = settings.new(given | {"encoder": "small", "preset": "amazon-3m"})
-    assert (small.encoder_lr, small.dropout) == (Settings.encoder_lr, Settings.dropout)
+    assert (small.encoder_lr, small.dropout, small.intermediate) == (Settings.encoder_lr, Settings.dropout, 0)
 
 
 @pytest.mark.parametrize("name", PRESETS)
