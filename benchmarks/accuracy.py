@@ -25,7 +25,7 @@ from train.runs import Run
 from train.settings import SettingsError, resumed
 
 SPARSE = "--tiers dense:15%,64:85%"
-DENSE = "--connectivity dense --head-dtype fp32 --intermediate 0"
+DENSE = "--connectivity dense --head-dtype fp32"
 ABLATIONS = {
     "sparse": SPARSE,
     "fp32": f"{SPARSE} --head-dtype fp32",
@@ -65,7 +65,7 @@ def main() -> None:
     )
     parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results/accuracy.jsonl")
     args = parser.parse_args()
-    heads = {"sparse": args.sparse, "dense": DENSE} if args.what == "compare" else ABLATIONS
+    heads = compared(args.sparse, args.flags) if args.what == "compare" else ABLATIONS
     rows = []
     for name, flags in heads.items():
         if args.only and name not in args.only:
@@ -73,7 +73,7 @@ def main() -> None:
         for seed in args.seeds:
             run = args.runs / f"{name.replace(' ', '-')}-{seed}"
             given = f"{args.flags} {flags}".strip()
-            dtype = None if name == "dense" else args.export_dtype
+            dtype = None if flags.startswith(DENSE) else args.export_dtype
             try:
                 train(run, ["--data", str(args.data), "--cache", str(args.runs / "cache"), "--seed", str(seed)], given)
             except SettingsError as error:
@@ -83,6 +83,14 @@ def main() -> None:
     print(table(rows))
     if args.record:
         measure.record("accuracy", rows)
+
+
+def compared(sparse: str, flags: str) -> dict[str, str]:
+    """A sparse head, a dense one that reads the encoder's embedding and, if the sparse one has a layer, one that reads that."""
+    heads = {"sparse": sparse, "dense": f"{DENSE} --intermediate 0"}
+    if units := parse(["--out", "", *shlex.split(f"{flags} {sparse}")])[0].get("intermediate"):
+        heads["dense, same layer"] = f"{DENSE} --intermediate {units}"
+    return heads
 
 
 def train(run: Path, common: list[str], flags: str) -> None:

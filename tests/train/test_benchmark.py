@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import accuracy, measure
-from tests.train.tasks import SMALL
+from tests.train.tasks import N_LABELS, SMALL
 
 
 def test_finished_runs_are_only_read(task, tmp_path, monkeypatch, capsys):
@@ -39,3 +39,16 @@ def test_finished_runs_are_only_read(task, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         compare("--flags", "--epochs 2")
     assert "sparse-0: cannot resume with changed settings: --epochs (was 1, now 2)" in capsys.readouterr().err
+
+
+def test_a_dense_head_reads_the_sparse_ones_layer(task, tmp_path, monkeypatch, capsys):
+    flags = f"{' '.join(SMALL)} --epochs 1"
+    words = ["compare", "--data", str(task), "--runs", str(tmp_path / "runs"), "--flags", flags, "--export-dtype", "bf16"]
+    layer = ["--sparse", "--fan-in 8 --intermediate 48", "--only", "dense", "dense, same layer"]
+    monkeypatch.setattr("sys.argv", ["accuracy", *words, *layer])
+    accuracy.main()
+    direct, behind = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    slots = direct["bytes"] // (4 * (32 + 2))  # SMALL is 32 units wide; beside its weights a label has a bias and an id
+    assert slots >= N_LABELS
+    assert behind["bytes"] == slots * 4 * (48 + 2) + 48 * 4 * (32 + 1)
+    assert "exported" not in behind
