@@ -121,7 +121,9 @@ class Settings:
     freeze_encoder: bool = _encoder(False, "embed each text once, then train only the intermediate layer and the head")
     pooling: Pooling = _encoder("mean", "how the embeddings of a text's tokens become one", choices=("mean", "cls", "last"))
     max_length: int = _encoder(128, "tokens of a text that are read, the rest is cut off", _count, unit="TOKENS")
-    intermediate: int = _encoder(0, "units of the ReLU layer between transformer and head, 0 for none", _whole, unit="D")
+    intermediate: int = _encoder(
+        0, "units of the ReLU layer that spreads a pretrained encoder's outputs for the head, 0 for none", _whole, unit="D"
+    )
     dropout: float = _encoder(0.1, "share of the pooled embedding dropped while training", _share, unit="SHARE")
     encoder_dtype: Dtype = _encoder(
         "fp32",
