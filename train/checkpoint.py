@@ -85,6 +85,9 @@ def load_model(checkpoint: Path) -> tuple[Encoder, Head, Progress]:
     path = checkpoint / "trainer.json"
     try:
         progress = Progress(**json.loads(path.read_text(encoding="utf-8")))
+        for name, value in asdict(progress).items():
+            if type(value) is not type(getattr(Progress, name)) or value < 0:
+                raise ValueError(f"{name} is {value!r}")
     except (OSError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     return Encoder.load(checkpoint / "encoder"), load_head(checkpoint / "head.safetensors"), progress

@@ -50,9 +50,14 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """What a killed process left half-written in `folder`, which may be absent."""
+    return list(folder.glob(".*.????????.tmp"))
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what a killed process left half-written in `folder`."""
-    for path in folder.glob(".*.tmp"):
+    """Deletes them. No other process may be writing there."""
+    for path in leftovers(folder):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

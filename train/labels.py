@@ -59,8 +59,12 @@ class LatentSemantics:
         # A token of all texts, as [CLS] is, and one of none say nothing.
         self._weights = np.where(frequency, np.log(stop / np.maximum(frequency, 1)), 0).astype(np.float32)
         matrix = self._weighted(counts)
-        start = np.random.default_rng(seed).standard_normal(min(matrix.shape))
-        _, _, directions = svds(matrix, min(_SVD_WIDTH, min(matrix.shape) - 1), v0=start)
+        width = min(_SVD_WIDTH, min(matrix.shape) - 1)
+        if width and matrix.data.any():
+            start = np.random.default_rng(seed).standard_normal(min(matrix.shape))
+            _, _, directions = svds(matrix, width, v0=start)
+        else:  # no word tells the texts apart
+            directions = np.zeros((1, vocabulary))
         self._directions = np.ascontiguousarray(directions.T, dtype=np.float32)  # [vocabulary, d]
 
     def embed(self, tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:

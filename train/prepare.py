@@ -18,6 +18,7 @@ from train import checkpoint
 from train.compute import compute_on
 from train.data import Dataset, Labels
 from train.evaluation import sample
+from train.files import remove_leftovers
 from train.grouping import new_order
 from train.head import HeadTraining
 from train.imprint import imprint
@@ -60,6 +61,9 @@ def prepare(settings: Settings, run: Run) -> Trainer:
         if settings.gradient_checkpointing:
             encoder.checkpoint_gradients()
 
+    remove_leftovers(run.folder)
+    if not settings.cache:  # else another run may be writing there
+        remove_leftovers(run.folder / "cache")
     cache = Path(settings.cache) if settings.cache else run.folder / "cache"
     with stages("tokenization"):
         splits = read_splits(settings, data, labels, hashes, encoder, cache)
@@ -82,7 +86,8 @@ def prepare(settings: Settings, run: Run) -> Trainer:
     weights = inverse_propensities(counts, len(splits["train"]), a=settings.propensity_a, b=settings.propensity_b)
     evaluations = {name: each for name, each in inputs.items() if name != "train"}
     positive_weights = weights.astype(np.float32) if settings.weight_positives else None
-    training = HeadTraining(head, settings, settings.steps(len(splits["train"])), positive_weights, compute_on(device))
+    steps = settings.steps(len(splits["train"]))
+    training = HeadTraining(head, settings, steps, positive_weights, compute_on(device))
     trainer = Trainer(
         settings, encoder, training, inputs["train"], evaluations, counts, weights, run.checkpoints, run.log, stages
     )
@@ -91,6 +96,8 @@ def prepare(settings: Settings, run: Run) -> Trainer:
 
     model = _model(head, trainer.moment_bytes)
     print(_shape(model))
+    if settings.rewire != "off" and settings.rewire_every >= round(settings.rewire_until * steps):
+        print(f"no rewiring: --rewire-every {settings.rewire_every:,} is too long for {steps:,} steps")
     if device.type == "cuda":
         print(f"device: {_hardware(device)}")
     run.folder.mkdir(parents=True, exist_ok=True)

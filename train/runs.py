@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from train.data import Labels
-from train.files import write_text
+from train.files import leftovers, write_text
 from train.settings import SettingsError
 
-_BEFORE_CONFIG = {"cache", "labels.jsonl", "heldout.jsonl"}  # what a run that failed while preparing leaves behind
+# What a run that failed while preparing leaves behind.
+_BEFORE_CONFIG = {"cache", "labels.jsonl", "heldout.jsonl", "metrics.jsonl"}
 
 
 class Log:
@@ -22,13 +23,22 @@ class Log:
         self._followers: list[Callable[[dict[str, Any]], None]] = []
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows so far, up to one that a killed process was writing; none when there is no file."""
+        """The rows so far, without a last one that a killed process was writing; none when there is no file.
+
+        SettingsError names any other line that is no row.
+        """
+        lines = self._path.read_bytes().splitlines() if self._path.exists() else []
         rows = []
-        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else ():
+        for number, line in enumerate(lines, start=1):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+                row = json.loads(line)
+            except ValueError:
+                if number == len(lines):
+                    break
+                row = None
+            if not (isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row):
+                raise SettingsError(f"{self._path}:{number}: not a row that train writes; delete the line to go on without it")
+            rows.append(row)
         return rows
 
     def follow(self, follower: Callable[[dict[str, Any]], None]) -> None:
@@ -66,7 +76,8 @@ class Run:
             raise SettingsError(f"--out {self.folder} holds a run; continue it with --resume, or choose another folder")
         if self.folder.exists() and not self.folder.is_dir():
             raise SettingsError(f"--out {self.folder} is not a folder")
-        if self.folder.exists() and any(path.name not in _BEFORE_CONFIG for path in self.folder.iterdir()):
+        known = _BEFORE_CONFIG | {path.name for path in leftovers(self.folder)}
+        if self.folder.exists() and any(path.name not in known for path in self.folder.iterdir()):
             raise SettingsError(f"--out {self.folder} is not empty and holds no run; choose another folder")
 
     def config(self) -> dict[str, Any] | None:
@@ -75,9 +86,9 @@ class Run:
             return None
         try:
             config = json.loads(self._config.read_text(encoding="utf-8"))
-            if not {"settings", "data"} <= config.keys():
+            if not (isinstance(config, dict) and "settings" in config and "sha256" in config.get("data", ())):
                 raise ValueError("settings or data are missing")
-        except (OSError, AttributeError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             raise SettingsError(f"{self._config}: cannot be read: {error}") from error
         return dict(config)
 

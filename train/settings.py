@@ -42,6 +42,20 @@ def _whole(text: str) -> int:
     return value
 
 
+def _seed(text: str) -> int:
+    value = _whole(text)
+    if value >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} is not below 2^63")
+    return value
+
+
+def _threads(text: str) -> int:
+    value = _whole(text)
+    if value > 1024:
+        raise argparse.ArgumentTypeError(f"{text} is more than 1,024")
+    return value
+
+
 def _amount(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
@@ -65,7 +79,7 @@ def _share(text: str) -> float:
 
 
 # argparse puts them into its message when int() or float() fails.
-_count.__name__ = _whole.__name__ = "whole number"
+_count.__name__ = _whole.__name__ = _seed.__name__ = _threads.__name__ = "whole number"
 _amount.__name__ = _positive.__name__ = "number"
 _share.__name__ = "share"
 
@@ -236,7 +250,7 @@ class Settings:
     warmup: float = _learning(0.05, "share of the steps in which learning rates rise from zero", _share, unit="SHARE")
     weight_decay: float = _learning(0.01, "AdamW weight decay of the encoder's matrices, not of a bag's", _amount, unit="DECAY")
     clip_norm: float = _learning(1.0, "largest norm of the encoder's gradient, 0 for no limit", _amount, unit="NORM")
-    seed: int = _learning(0, "seed of all random numbers; a run repeats for the same seed and number of threads", _whole)
+    seed: int = _learning(0, "seed of all random numbers; a run repeats for the same seed and number of threads", _seed)
 
     eval_every: int = _scores(1, "epochs from one evaluation to the next; the last epoch always has one", _count, unit="EPOCHS")
     limit_eval: int = _scores(0, "evaluate on so many texts, evenly spaced, 0 for all", _whole, unit="TEXTS")
@@ -250,7 +264,7 @@ class Settings:
         choices=("cpu", "cuda", "auto"),
         free=True,
     )
-    threads: int = _process(0, "threads to compute with, 0 for as many as the process may use", _whole, free=True)
+    threads: int = _process(0, "threads to compute with, 0 for as many as the process may use", _threads, free=True)
     checkpoint_every: int = _process(
         0, "steps between checkpoints beside the one after each epoch, 0 for none", _whole, unit="STEPS", free=True
     )
@@ -298,6 +312,10 @@ def resumed(stored: dict[str, Any], given: dict[str, Any]) -> Settings:
     if stored.keys() != known.keys():
         odd = ", ".join(sorted(stored.keys() ^ known.keys()))
         raise SettingsError(f"the run was made by another version: settings {odd} do not match")
+    for name, spec in known.items():
+        kinds = {type(spec.default)} | ({int} if isinstance(spec.default, float) else set())
+        if spec.default is not None and type(stored[name]) not in kinds:
+            raise SettingsError(f"config.json: {name} is {stored[name]!r}, which no run has")
     changed = [name for name, value in given.items() if value != stored[name] and not known[name].metadata["free"]]
     if changed:
         listed = ", ".join(f"--{name.replace('_', '-')} (was {stored[name]}, now {given[name]})" for name in changed)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from train.data import Dataset, Labels
+from train.data import DataError, Dataset, Labels
 from train.files import atomic_folder
 
 _TEXTS_AT_ONCE = 4096
@@ -94,7 +94,15 @@ def load_split(
     if not folder.is_dir():
         with atomic_folder(folder) as temporary:
             _write(temporary, data, name, labels, tokenize)
-    return Split(key, **{array: _map(folder / f"{array}.bin", dtype) for array, dtype in _DTYPES.items()})
+    try:
+        split = Split(key, **{array: _map(folder / f"{array}.bin", dtype) for array, dtype in _DTYPES.items()})
+        ends = (split.token_starts[-1], split.label_starts[-1], split.filtered_starts[-1])
+        whole = ends == (len(split.tokens), len(split.labels), len(split.filtered))
+    except (OSError, ValueError, IndexError):
+        whole = False
+    if not whole:
+        raise DataError(f"{folder}: damaged; delete this folder, and the next run makes it again")
+    return split
 
 
 def label_counts(split: Split, labels: Labels) -> np.ndarray:

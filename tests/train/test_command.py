@@ -23,6 +23,14 @@ def test_it_begins_with_the_shape_of_the_head_and_ends_with_the_next_command(tas
     assert lines[-1] == f"finished: {out}; pack it for serving with: python -m export {out} --out BUNDLE"
 
 
+@pytest.mark.parametrize(("flags", "said"), [((), True), (("--rewire-every", "3"), False), (("--rewire", "off"), False)])
+def test_it_says_when_a_run_is_too_short_to_be_rewired(task, tmp_path, capsys, flags, said):
+    assert run(task, tmp_path / "run", *SMALL, "--epochs", "1", "--fan-in", "16", *flags) == 0
+    rewired = any(row["kind"] == "rewire" for row in metrics(tmp_path / "run"))
+    assert rewired == ("3" in flags)
+    assert ("no rewiring: --rewire-every 300 is too long for 19 steps" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize(("every_s", "shown"), [(0.0, slice(None)), (600.0, slice(1))])
 def test_without_a_terminal_it_prints_a_line_now_and_then(task, tmp_path, capsys, monkeypatch, every_s, shown):
     monkeypatch.setattr(progress, "_EVERY_S", every_s)

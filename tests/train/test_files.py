@@ -1,4 +1,4 @@
-from train.files import atomic_folder, remove_leftovers
+from train.files import atomic_folder, remove_leftovers, write_text
 
 
 def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):
@@ -10,5 +10,6 @@ def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):
         (folder / "file").write_text("whole")
     assert (target / "file").read_text() == "whole"
     assert killed.is_dir()
+    write_text(tmp_path / ".mine.tmp", "not ours")
     remove_leftovers(tmp_path)
-    assert list(tmp_path.iterdir()) == [target]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / ".mine.tmp", target]

@@ -136,6 +136,14 @@ def test_latent_semantics_puts_words_of_one_subject_together() -> None:
     np.testing.assert_allclose(semantics.embed(odd.tokens, odd.token_starts), 0, atol=1e-6)
 
 
+@pytest.mark.parametrize("texts", [[[0, 1, 2]], [[0, 1], [0, 1], [0, 1]], [[], []]], ids=["one", "the same", "empty"])
+def test_latent_semantics_of_texts_that_nothing_tells_apart(texts) -> None:
+    split = Split.of_tokens(texts)
+    vectors = LatentSemantics(split.tokens, split.token_starts, vocabulary=5, seed=0).embed(split.tokens, split.token_starts)
+    assert len(vectors) == len(texts)
+    assert not vectors.any()
+
+
 @pytest.mark.parametrize("encoder", ["small", "pretrained"])
 def test_groups_of_a_run_hold_similar_labels(tmp_path, minilm_path, encoder: str) -> None:
     """Labels of two worlds whose texts share no words: similarity keeps the worlds apart, frequency mixes them."""

@@ -245,8 +245,9 @@ def test_names_are_text_and_no_markup(rewired, tmp_path):
     [
         ("config.json", None, "config.json: missing: no run is there"),
         ("config.json", "{", "config.json: cannot be read"),
-        ("config.json", '{"settings": {}, "data": {}}', "config.json: no model in it"),
+        ("config.json", '{"settings": {}, "data": {"sha256": {}}}', "config.json: no model in it"),
         ("metrics.jsonl", '{"kind": "train", "step": 1}\n[3]\n', "metrics.jsonl:2: not a row that train writes"),
+        ("metrics.jsonl", '{"kind": "train", "step": 1}\n{"ki\n{}\n', "metrics.jsonl:2: not a row that train writes"),
         ("metrics.jsonl", '{"kind": "train"}\n', "metrics.jsonl:1: not a row that train writes"),
     ],
 )

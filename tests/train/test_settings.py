@@ -65,6 +65,8 @@ def test_presets_are_whole_settings_that_flags_override(tmp_path, name):
         (["--intermediate", "-1"], "-1 is negative"),
         (["--head-lr", "nan"], "nan is not a number from 0 up"),
         (["--propensity-b", "0"], "0 is not a number above 0"),
+        (["--seed", str(1 << 63)], "9223372036854775808 is not below 2^63"),
+        (["--threads", "100000"], "100000 is more than 1,024"),
         (["--epochs", "ten"], "invalid whole number value: 'ten'"),
         (["--dropout", "1,5"], "invalid share value: '1,5'"),
         (["--fan-in", "many"], "--fan-in"),
@@ -147,9 +149,41 @@ def test_a_run_is_not_resumed_with_other_settings_or_data(task, tmp_path, capsys
     assert run(moved, out, "--resume") == 2
     assert "the data has changed since the run began (train)" in capsys.readouterr().err
 
-    (out / "config.json").write_text("{")
-    assert run(None, out, "--resume") == 2
-    assert "config.json: cannot be read" in capsys.readouterr().err
+    config = json.loads((out / "config.json").read_text())
+    damaged = {
+        "{": "config.json: cannot be read",
+        json.dumps(config | {"data": {}}): "config.json: cannot be read: settings or data are missing",
+        json.dumps(config | {"settings": config["settings"] | {"epochs": "x"}}): "config.json: epochs is 'x'",
+    }
+    for text, message in damaged.items():
+        (out / "config.json").write_text(text)
+        assert run(None, out, "--resume") == 2
+        assert message in capsys.readouterr().err
+
+
+def test_metrics_are_not_lost_by_a_damaged_line(task, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(task, out, *QUICK, "--epochs", "1") == 0
+    log = out / "metrics.jsonl"
+    whole = log.read_bytes()
+    first, second, *rest = whole.splitlines(keepends=True)
+    for bad in (b"garbage\n", b"[1]\n", b'{"a": 1}\n', b"\xff\n"):
+        log.write_bytes(first + bad + b"".join(rest))
+        assert run(None, out, "--resume") == 2
+        assert f"{log}:2: not a row that train writes" in capsys.readouterr().err
+        assert log.read_bytes() == first + bad + b"".join(rest)
+    log.write_bytes(whole + second[:-9])
+    assert run(None, out, "--resume") == 0
+    assert log.read_bytes().startswith(whole + b"{"), "half of a last line, which a killed process leaves, is gone"
+
+
+def test_what_a_process_killed_while_preparing_left_is_taken_over(task, tmp_path):
+    out = tmp_path / "run"
+    (out / "cache" / ".tokens-0123.0123abcd.tmp").mkdir(parents=True)
+    for name in (".labels.jsonl.0123abcd.tmp", "labels.jsonl", "metrics.jsonl"):
+        (out / name).touch()
+    assert run(task, out, *QUICK, "--epochs", "1") == 0
+    assert not list(out.rglob("*.tmp"))
 
 
 def test_damaged_checkpoints_are_named(task, tmp_path, capsys):
@@ -168,4 +202,11 @@ def test_damaged_checkpoints_are_named(task, tmp_path, capsys):
         assert run(None, out, "--resume") == 2
         assert str(checkpoint / name) in capsys.readouterr().err
         (checkpoint / name).write_bytes(whole)
+    progress = checkpoint / "trainer.json"
+    whole = progress.read_text()
+    for name, value in {"epoch": "x", "step": -1, "batch": True, "seconds": None}.items():
+        progress.write_text(json.dumps(json.loads(whole) | {name: value}))
+        assert run(None, out, "--resume") == 2
+        assert f"{progress}: {name} is {value!r}" in capsys.readouterr().err
+    progress.write_text(whole)
     assert run(None, out, "--resume") == 0

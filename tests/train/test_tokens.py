@@ -6,7 +6,7 @@ import torch
 
 from models.encoder import Encoder, EncoderConfig
 from tests.train.tasks import N_LABELS
-from train.data import Dataset
+from train.data import DataError, Dataset
 from train.inputs import PooledInputs, TextInputs
 from train.tokens import label_counts, load_split
 
@@ -65,6 +65,19 @@ def test_tokens_are_made_once_and_mapped(data, labels, encoder, tmp_path, split)
     with pytest.raises(AssertionError, match="tokenized again"):
         load_split(data, "train", labels, ["another key"], never, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [f"tokens-{split.key}"], "a failure leaves nothing behind"
+
+
+@pytest.mark.parametrize("name", ["tokens", "labels", "label_starts", "filtered_starts"])
+def test_a_damaged_cache_is_named(data, labels, encoder, tmp_path, split, name):
+    file = tmp_path / f"tokens-{split.key}" / f"{name}.bin"
+    whole = file.read_bytes()
+    for left in (len(whole) // 2, 0):
+        file.write_bytes(whole[:left])
+        with pytest.raises(DataError, match=f"{file.parent}: damaged; delete this folder"):
+            load_split(data, "train", labels, ["key"], encoder.tokenize, tmp_path)
+    file.unlink()
+    with pytest.raises(DataError, match="damaged"):
+        load_split(data, "train", labels, ["key"], encoder.tokenize, tmp_path)
 
 
 def test_a_cache_that_another_process_made_first_is_taken(data, labels, encoder, tmp_path, split):

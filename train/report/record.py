@@ -112,13 +112,9 @@ def read(folders: Sequence[Path]) -> list[Record]:
 def _read(folder: Path, name: str) -> Record:
     run = Run(folder)
     try:
-        config = run.config()
+        config, rows = run.config(), run.log.rows()
     except SettingsError as error:
         raise ReportError(str(error)) from None
     if config is None or "model" not in config:
         raise ReportError(f"{folder / 'config.json'}: " + ("missing: no run is there" if config is None else "no model in it"))
-    rows = run.log.rows()
-    for line, row in enumerate(rows, start=1):
-        if not (isinstance(row, dict) and {"kind", "step"} <= row.keys()):
-            raise ReportError(f"{folder / 'metrics.jsonl'}:{line}: not a row that train writes")
     return Record(name, config, rows)
