@@ -124,7 +124,11 @@ class Settings:
     )
 
     preset: str | None = _files(
-        None, "settings under a name; flags beside it win (see train/presets.py)", choices=tuple(PRESETS), unit=None
+        None,
+        "settings under a name: cpu and gpu are ours, -shared HASTE's, the others Spartex's; flags beside it win "
+        "(see train/presets.py)",
+        choices=tuple(PRESETS),
+        unit=None,
     )
 
     encoder: str = _encoder(
@@ -211,7 +215,8 @@ class Settings:
 
     auxiliary: float = _auxiliary(
         0.0,
-        "weight of a dense classifier over groups of labels that helps the encoder at first, 0 for none",
+        "weight of a dense classifier over groups of labels that helps the encoder at first, 0 for none; "
+        "the logged loss has it in",
         _amount,
         unit="WEIGHT",
     )
