@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from models.checkpoint import checkpoints_in
 from models.device import DeviceError, cuda_device
-from models.encoder import Encoder
-from models.head import Head
+from models.encoder import Encoder, EncoderError
+from models.head import Head, HeadError
 from models.kernels import cpu
 from train import checkpoint
 from train.compute import compute_on
@@ -56,7 +59,8 @@ def prepare(settings: Settings, run: Run) -> Trainer:
         if folder is None:
             encoder, head, progress = new_encoder(settings, data, labels), None, checkpoint.Progress()
         else:
-            encoder, head, progress = checkpoint.load_model(folder)
+            with _naming_an_older_one(folder):
+                encoder, head, progress = checkpoint.load_model(folder)
         encoder.to(device).set_dtype(settings.encoder_dtype)
         if settings.gradient_checkpointing:
             encoder.checkpoint_gradients()
@@ -92,7 +96,8 @@ def prepare(settings: Settings, run: Run) -> Trainer:
         settings, encoder, training, inputs["train"], evaluations, counts, weights, run.checkpoints, run.log, stages
     )
     if folder is not None:
-        trainer.restore(folder, progress)
+        with _naming_an_older_one(folder):
+            trainer.restore(folder, progress)
 
     model = _model(head, trainer.moment_bytes)
     print(_shape(model))
@@ -127,6 +132,18 @@ def read_splits(
         name: load_split(data, name, labels, [hashes[name], hashes["labels"], *reading], encoder.tokenize, cache)
         for name in data.splits
     }
+
+
+@contextmanager
+def _naming_an_older_one(folder: Path) -> Iterator[None]:
+    """What is wrong with a checkpoint, and where training can go on without it."""
+    try:
+        yield
+    except (EncoderError, HeadError, checkpoint.CheckpointError) as error:
+        *older, _ = checkpoints_in(folder.parent)
+        if not older:
+            raise
+        raise checkpoint.CheckpointError(f"{error}; delete {folder} to go on from {older[-1].name}") from error
 
 
 def _device(name: str) -> torch.device:

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from dataclasses import fields
 
 import pytest
@@ -210,3 +211,16 @@ def test_damaged_checkpoints_are_named(task, tmp_path, capsys):
         assert f"{progress}: {name} is {value!r}" in capsys.readouterr().err
     progress.write_text(whole)
     assert run(None, out, "--resume") == 0
+
+
+@pytest.mark.parametrize("name", ["head.safetensors", "trainer.safetensors"])
+def test_beside_a_damaged_checkpoint_an_older_one_is_named(task, tmp_path, capsys, name):
+    out = tmp_path / "run"
+    assert run(task, out, *QUICK, "--epochs", "2", "--keep", "2") == 0
+    older, newest = sorted((out / "checkpoints").iterdir())
+    (newest / name).write_bytes(b"")
+    assert run(None, out, "--resume") == 2
+    assert capsys.readouterr().err.endswith(f"; delete {newest} to go on from {older.name}\n")
+    shutil.rmtree(newest)
+    assert run(None, out, "--resume") == 0
+    assert sorted((out / "checkpoints").iterdir()) == [older, newest]
