@@ -113,7 +113,6 @@ class HeadTraining:
         settings = self._settings
         if settings.rewire == "off":
             return None
-        until = round(settings.rewire_until * steps)
-        schedule = Schedule(settings.rewire_every, until, settings.rewire_share, settings.rewire_below)
+        schedule = Schedule(settings.rewire_every, settings.rewired_before(steps), settings.rewire_share, settings.rewire_below)
         at_random = settings.new_weights == "random"
         return Rewiring(self._compute, self._placed.blocks, self.moments, schedule, settings.rewire, at_random, settings.seed)

@@ -65,10 +65,10 @@ def prepare(settings: Settings, run: Run) -> Trainer:
         if settings.gradient_checkpointing:
             encoder.checkpoint_gradients()
 
+    cache = Path(settings.cache) if settings.cache else run.folder / "cache"
     remove_leftovers(run.folder)
     if not settings.cache:  # else another run may be writing there
-        remove_leftovers(run.folder / "cache")
-    cache = Path(settings.cache) if settings.cache else run.folder / "cache"
+        remove_leftovers(cache)
     with stages("tokenization"):
         splits = read_splits(settings, data, labels, hashes, encoder, cache)
         counts = label_counts(splits["train"], labels)
@@ -101,7 +101,7 @@ def prepare(settings: Settings, run: Run) -> Trainer:
 
     model = _model(head, trainer.moment_bytes)
     print(_shape(model))
-    if settings.rewire != "off" and settings.rewire_every >= round(settings.rewire_until * steps):
+    if settings.rewire != "off" and settings.rewire_every >= settings.rewired_before(steps):
         print(f"no rewiring: --rewire-every {settings.rewire_every:,} is too long for {steps:,} steps")
     if device.type == "cuda":
         print(f"device: {_hardware(device)}")

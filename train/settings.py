@@ -289,6 +289,10 @@ class Settings:
         """Steps of a whole run on so many training texts."""
         return self.epochs * -(-texts // self.batch_size)
 
+    def rewired_before(self, steps: int) -> int:
+        """The step, from 0, from which on a run of so many steps keeps its connections."""
+        return round(self.rewire_until * steps)
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
