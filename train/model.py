@@ -12,7 +12,7 @@ from models.head import Block, Head
 from models.kernels import Loss
 from train.data import Dataset, Labels
 from train.grouping import Order
-from train.settings import Settings
+from train.settings import Settings, SettingsError
 from train.tiers import split_by_frequency
 
 _VOCABULARY_TEXTS = 500_000  # more hardly change a vocabulary, and they are held in memory
@@ -39,6 +39,15 @@ def new_encoder(settings: Settings, data: Dataset, labels: Labels) -> Encoder:
         heads=settings.small_heads,
         seed=settings.seed,
     )
+
+
+def check_fan_in(settings: Settings, width: int) -> None:
+    """SettingsError when labels are to read more inputs than the `width` there are."""
+    widest = max(tier.fan_in or 0 for tier in settings.head_tiers if tier.share)
+    if widest > width:
+        flag = f"--tiers {settings.tiers}" if settings.tiers else f"--fan-in {widest}"
+        source = "the intermediate layer" if settings.intermediate else "the encoder"
+        raise SettingsError(f"{flag}: a label cannot read {widest:,} inputs, {source} has {width:,} outputs")
 
 
 def new_head(settings: Settings, width: int, counts: np.ndarray, n_texts: int, order: Order) -> Head:

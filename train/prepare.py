@@ -27,7 +27,7 @@ from train.head import HeadTraining
 from train.imprint import imprint
 from train.inputs import Inputs, PooledInputs, TextInputs
 from train.metrics import inverse_propensities
-from train.model import new_encoder, new_head
+from train.model import check_fan_in, new_encoder, new_head
 from train.runs import Run
 from train.settings import Settings, SettingsError
 from train.stages import Stages
@@ -58,6 +58,7 @@ def prepare(settings: Settings, run: Run) -> Trainer:
     with stages("model"):
         if folder is None:
             encoder, head, progress = new_encoder(settings, data, labels), None, checkpoint.Progress()
+            check_fan_in(settings, encoder.width)
         else:
             with _naming_an_older_one(folder):
                 encoder, head, progress = checkpoint.load_model(folder)
@@ -101,7 +102,8 @@ def prepare(settings: Settings, run: Run) -> Trainer:
 
     model = _model(head, trainer.moment_bytes)
     print(_shape(model))
-    if settings.rewire != "off" and settings.rewire_every >= settings.rewired_before(steps):
+    sparse = any(block.connectivity != "dense" for block in head.blocks)
+    if sparse and settings.rewire != "off" and settings.rewire_every >= settings.rewired_before(steps):
         print(f"no rewiring: --rewire-every {settings.rewire_every:,} is too long for {steps:,} steps")
     if device.type == "cuda":
         print(f"device: {_hardware(device)}")

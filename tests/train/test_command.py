@@ -23,9 +23,17 @@ def test_it_begins_with_the_shape_of_the_head_and_ends_with_the_next_command(tas
     assert lines[-1] == f"finished: {out}; pack it for serving with: python -m export {out} --out BUNDLE"
 
 
-@pytest.mark.parametrize(("flags", "said"), [((), True), (("--rewire-every", "3"), False), (("--rewire", "off"), False)])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--fan-in", "16"), True),
+        (("--fan-in", "16", "--rewire-every", "3"), False),
+        (("--fan-in", "16", "--rewire", "off"), False),
+        (("--connectivity", "dense"), False),
+    ],
+)
 def test_it_says_when_a_run_is_too_short_to_be_rewired(task, tmp_path, capsys, flags, said):
-    assert run(task, tmp_path / "run", *SMALL, "--epochs", "1", "--fan-in", "16", *flags) == 0
+    assert run(task, tmp_path / "run", *SMALL, "--epochs", "1", *flags) == 0
     rewired = any(row["kind"] == "rewire" for row in metrics(tmp_path / "run"))
     assert rewired == ("3" in flags)
     assert ("no rewiring: --rewire-every 300 is too long for 19 steps" in capsys.readouterr().out) == said
