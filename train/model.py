@@ -13,7 +13,7 @@ from models.kernels import Loss
 from train.data import Dataset, Labels
 from train.grouping import Order
 from train.settings import Settings, SettingsError
-from train.tiers import split_by_frequency
+from train.tiers import split_by_frequency, tier_sizes
 
 _VOCABULARY_TEXTS = 500_000  # more hardly change a vocabulary, and they are held in memory
 
@@ -41,9 +41,11 @@ def new_encoder(settings: Settings, data: Dataset, labels: Labels) -> Encoder:
     )
 
 
-def check_fan_in(settings: Settings, width: int) -> None:
+def check_fan_in(settings: Settings, width: int, n_labels: int) -> None:
     """SettingsError when labels are to read more inputs than the `width` there are."""
-    widest = max(tier.fan_in or 0 for tier in settings.head_tiers if tier.share)
+    tiers = settings.head_tiers
+    sizes = tier_sizes(n_labels, tiers, settings.group_size)
+    widest = max(tier.fan_in or 0 for tier, size in zip(tiers, sizes, strict=True) if size)
     if widest > width:
         flag = f"--tiers {settings.tiers}" if settings.tiers else f"--fan-in {widest}"
         source = "the intermediate layer" if settings.intermediate else "the encoder"

@@ -58,7 +58,7 @@ def prepare(settings: Settings, run: Run) -> Trainer:
     with stages("model"):
         if folder is None:
             encoder, head, progress = new_encoder(settings, data, labels), None, checkpoint.Progress()
-            check_fan_in(settings, encoder.width)
+            check_fan_in(settings, encoder.width, len(labels))
         else:
             with _naming_an_older_one(folder):
                 encoder, head, progress = checkpoint.load_model(folder)

@@ -43,6 +43,11 @@ def split_by_frequency(counts: np.ndarray, tiers: tuple[Tier, ...], group_size: 
     Every tier but the last is rounded up to whole groups, which cost as much memory; the last ones may stay empty.
     """
     order = np.argsort(-counts, kind="stable").astype(np.int32)
-    ends = np.cumsum([tier.share for tier in tiers]) * len(order)
-    bounds = [min(len(order), int(np.ceil(round(end, 6) / group_size)) * group_size) for end in ends[:-1]]
-    return np.split(order, bounds)
+    return np.split(order, np.cumsum(tier_sizes(len(order), tiers, group_size))[:-1])
+
+
+def tier_sizes(n_labels: int, tiers: tuple[Tier, ...], group_size: int) -> list[int]:
+    """Labels in each tier, as `split_by_frequency` fills them."""
+    ends = np.cumsum([tier.share for tier in tiers]) * n_labels
+    bounds = [min(n_labels, int(np.ceil(round(end, 6) / group_size)) * group_size) for end in ends[:-1]]
+    return np.diff([0, *bounds, n_labels]).tolist()

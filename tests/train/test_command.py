@@ -39,6 +39,11 @@ def test_it_says_when_a_run_is_too_short_to_be_rewired(task, tmp_path, capsys, f
     assert ("no rewiring: --rewire-every 300 is too long for 19 steps" in capsys.readouterr().out) == said
 
 
+def test_a_fan_in_that_no_label_has_may_be_beyond_the_width(task, tmp_path):
+    # 40 labels are 3 groups of 16, and 90 % of them rounded up are all
+    assert run(task, tmp_path / "run", *SMALL, "--epochs", "1", "--tiers", "dense:90%,65:10%") == 0
+
+
 @pytest.mark.parametrize(("every_s", "shown"), [(0.0, slice(None)), (600.0, slice(1))])
 def test_without_a_terminal_it_prints_a_line_now_and_then(task, tmp_path, capsys, monkeypatch, every_s, shown):
     monkeypatch.setattr(progress, "_EVERY_S", every_s)
