@@ -24,6 +24,7 @@ from numpy.lib.format import open_memmap
 
 from export.labels import LABEL_FILES, LabelTable, write_labels
 from export.manifest import MANIFEST, BlockLayout, BundleError, FileFacts, Manifest
+from models.files import flush, flush_folder
 from models.head import Block, Head, HeadError
 
 __all__ = ["Bundle", "BundleError", "Manifest", "check_target", "open_bundle", "write_bundle"]
@@ -161,6 +162,7 @@ def _new_folder(path: Path, force: bool) -> Iterator[Path]:
     folder.mkdir(parents=True)
     try:
         yield folder
+        flush_folder(folder)
         if path.exists():
             path.rename(old)
             try:
@@ -168,9 +170,11 @@ def _new_folder(path: Path, force: bool) -> Iterator[Path]:
             except OSError:
                 old.rename(path)
                 raise
+            flush(path.parent)
             shutil.rmtree(old)
         else:
             folder.rename(path)
+            flush(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

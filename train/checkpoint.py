@@ -17,8 +17,8 @@ from torch import Tensor
 
 from models.checkpoint import checkpoints_in, load_head, save_head
 from models.encoder import Encoder
+from models.files import atomic_folder, remove_folder, remove_leftovers, write_text
 from models.head import Head
-from train.files import atomic_folder, remove_folder, remove_leftovers, write_text
 from train.head import HeadTraining
 from train.optimization import state_tensors
 from train.randomness import random_state, set_random_state

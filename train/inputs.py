@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.encoder import Encoder
+from models.files import atomic_folder
 from train.batches import batches_by_length
-from train.files import atomic_folder
 from train.tokens import Split
 
 _TEXTS_AT_ONCE = 128

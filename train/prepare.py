@@ -15,13 +15,13 @@ import torch
 from models.checkpoint import checkpoints_in
 from models.device import DeviceError, cuda_device
 from models.encoder import Encoder, EncoderError
+from models.files import remove_leftovers
 from models.head import Head, HeadError
 from models.kernels import cpu
 from train import checkpoint
 from train.compute import compute_on
 from train.data import Dataset, Labels
 from train.evaluation import sample
-from train.files import remove_leftovers
 from train.grouping import new_order
 from train.head import HeadTraining
 from train.imprint import imprint

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from models.files import leftovers, write_text
 from train.data import Labels
-from train.files import leftovers, write_text
 from train.settings import SettingsError
 
 # What a run that failed while preparing leaves behind.

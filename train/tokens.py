@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from models.files import atomic_folder
 from train.data import DataError, Dataset, Labels
-from train.files import atomic_folder
 
 _TEXTS_AT_ONCE = 4096
 _LAYOUT = "filtered"  # part of the cache's key, to be changed with the files below

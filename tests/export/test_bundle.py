@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 import shutil
 import subprocess
 import sys
@@ -370,6 +371,28 @@ def test_a_failed_rename_puts_the_older_bundle_back(bundle: Path, monkeypatch: p
         write(bundle, mixed_head(), force=True)
     assert open_bundle(bundle).hash == before
     assert list(bundle.parent.iterdir()) == [bundle]
+
+
+def test_a_bundle_is_on_disk_before_the_older_one_goes(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power failure right after an export must not leave a name without content."""
+    flushed: set[tuple[int, int]] = set()
+    fsync, rename = os.fsync, Path.rename
+
+    def note(descriptor: int) -> None:
+        facts = os.fstat(descriptor)
+        flushed.add((facts.st_dev, facts.st_ino))
+        fsync(descriptor)
+
+    def rename_flushed(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            for path in (self, *self.rglob("*")):
+                assert (path.stat().st_dev, path.stat().st_ino) in flushed, path
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(Path, "rename", rename_flushed)
+    write(bundle, mixed_head(), force=True)
+    assert (bundle.parent.stat().st_dev, bundle.parent.stat().st_ino) in flushed
 
 
 def test_a_bundle_is_replaced_only_by_force(bundle: Path) -> None:

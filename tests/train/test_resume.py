@@ -127,10 +127,10 @@ def test_a_signal_during_evaluation_keeps_the_epoch(task, tmp_path, monkeypatch)
 _DYING = """
 import os, signal, sys
 import train.prepare
-from train import files
+from models import files
 from train.__main__ import main
 
-real, moments, argv = files._flush, [int(n) for n in sys.argv[1].split(",")], sys.argv[2:]
+real, moments, argv = files.flush, [int(n) for n in sys.argv[1].split(",")], sys.argv[2:]
 for moment in moments:
     child = os.fork()
     if child == 0:
@@ -141,7 +141,7 @@ for moment in moments:
             if flushed == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
             real(path)
-        files._flush = flush
+        files.flush = flush
         os._exit(main(argv + ["--resume"]))
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """

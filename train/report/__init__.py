@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from train.files import write_text
+from models.files import write_text
 from train.report import sections
 from train.report.record import ReportError, read
 

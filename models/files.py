@@ -20,16 +20,13 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                _flush(Path(folder, name))
-            _flush(Path(folder))
+        flush_folder(temporary)
         try:
             temporary.rename(target)
         except OSError:
             if not target.is_dir():
                 raise
-        _flush(target.parent)
+        flush(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -38,9 +35,9 @@ def write_text(path: Path, text: str) -> None:
     """Writes a whole file in place of an older one, atomically."""
     temporary = _hidden(path)
     temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
+    flush(temporary)
     temporary.rename(path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def remove_folder(path: Path) -> None:
@@ -48,6 +45,23 @@ def remove_folder(path: Path) -> None:
     doomed = _hidden(path)
     path.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def flush_folder(path: Path) -> None:
+    """Flushes a folder and all that is in it to disk."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            flush(Path(folder, name))
+        flush(Path(folder))
+
+
+def flush(path: Path) -> None:
+    """Flushes one file, or a folder's list of names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -64,11 +78,3 @@ def remove_leftovers(folder: Path) -> None:
 def _hidden(path: Path) -> Path:
     """A new name beside `path`. Not made from the process's number, which is 1 in every container."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

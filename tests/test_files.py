@@ -1,4 +1,4 @@
-from train.files import atomic_folder, remove_leftovers, write_text
+from models.files import atomic_folder, remove_leftovers, write_text
 
 
 def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):
