@@ -27,22 +27,22 @@ from serve.gpu.search import Search
 class Embeddings:
     """Rows of a tensor fp32 [·, D] on a device. Sent to another process, it becomes an array."""
 
-    def __init__(self, x: Tensor, rows: Sequence[int]) -> None:
+    def __init__(self, x: Tensor, rows: np.ndarray) -> None:
         self._x, self._rows = x, rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, kept: Sequence[bool]) -> Embeddings:
+    def __getitem__(self, kept: Sequence[bool] | slice) -> Embeddings:
         """Those of the rows that are kept. Nothing is copied here, where nobody knows of the engine's streams."""
-        return Embeddings(self._x, [row for row, keep in zip(self._rows, kept, strict=True) if keep])
+        return Embeddings(self._x, self._rows[kept])
 
     def tensor(self) -> Tensor:
         """[B, D], made on the current stream."""
-        return self._x[torch.tensor(self._rows, device=self._x.device)]
+        return self._x[torch.from_numpy(self._rows).to(self._x.device)]
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[np.ndarray]]:
-        return np.asarray, (self._x.numpy(force=True)[list(self._rows)],)
+        return np.asarray, (self._x.numpy(force=True)[self._rows],)
 
 
 def open_engine(bundle: Bundle, threads: int, device: str, encoder_runtime: EncoderRuntime) -> GpuEngine:
@@ -51,7 +51,7 @@ def open_engine(bundle: Bundle, threads: int, device: str, encoder_runtime: Enco
 
 
 class GpuEngine(Engine):
-    """A bundle on one GPU."""
+    """A bundle on one GPU. `encode` and `topk` raise DeviceLost when that no longer works."""
 
     overlaps = True
 
@@ -77,7 +77,7 @@ class GpuEngine(Engine):
         with self._encoding():
             x = self._encoder(*self.padded_batch(sequences, self._rows(len(sequences))))[: len(sequences)].clone()
         self._encoding.wait()
-        return Embeddings(x, range(len(x)))
+        return Embeddings(x, np.arange(len(x)))
 
     def topk(
         self, x: Embeddings | np.ndarray, k: int, allowed: Sequence[Subset | None] | None = None
@@ -85,9 +85,10 @@ class GpuEngine(Engine):
         L = self.bundle.manifest.labels
         with self._searching():
             there = x.tensor() if isinstance(x, Embeddings) else torch.from_numpy(x).to(self._place)
-            scores, labels = (part.numpy(force=True) for part in self._search(there, k, allowed))
+            rows = there.isfinite().all(dim=1)  # a GPU's maximum passes over NaN
+            finite, scores, labels = (part.numpy(force=True) for part in (rows, *self._search(there, k, allowed)))
         wanted = [min(k, L if subset is None else subset.size(L)) for subset in allowed or [None] * len(x)]
-        bad = (np.isfinite(scores) & (labels >= 0)).sum(axis=1) < wanted
+        bad = ~finite | ((np.isfinite(scores) & (labels >= 0)).sum(axis=1) < wanted)
         if bad.any():
             raise OverflowError(f"x row {np.argmax(bad)}: it or its scores are not finite")
         return scores, labels

@@ -10,6 +10,13 @@ import torch
 from torch import Tensor
 
 
+class DeviceLost(BaseException):
+    """A device has failed, and so will all that this process asks of it: only a new process can go on.
+
+    Not an Exception, which would be taken for the fault of a text, or of a batch that was too large.
+    """
+
+
 class Lane:
     """A CUDA stream: what is started inside `with lane():` runs in order, beside other lanes. A CPU, in tests, has none.
 
@@ -24,13 +31,21 @@ class Lane:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
-            yield
+        try:
+            with torch.inference_mode(), torch.cuda.stream(self._stream):
+                yield
+        except Exception:
+            self.wait()  # whoever raised it: after a failure of the device this fails too
+            raise
 
     def wait(self) -> None:
-        """Returns when all that was started is done."""
-        if self._stream is not None:
+        """Returns when all that was started is done; DeviceLost."""
+        if self._stream is None:
+            return
+        try:
             self._stream.synchronize()
+        except RuntimeError as error:
+            raise DeviceLost(f"{self.device}: {error}") from error
 
 
 class Graphs:

@@ -7,6 +7,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from models.kernels import Subset, reference
 from models.kernels.gpu.launch import INTERPRETED
 from serve.engine import CpuEngine
 from serve.gpu.engine import Embeddings, GpuEngine
+from serve.gpu.lanes import DeviceLost, Lane
 from serve.gpu.search import Search
 from tests.serve.harness import TEXTS
 
@@ -120,6 +122,9 @@ def test_rows_that_nobody_waits_for_are_left_out(engine: GpuEngine, sequences: l
     every, some = engine.topk(x, 5), engine.topk(kept, 5)
     for whole, part in zip(every, some, strict=True):
         np.testing.assert_allclose(part, whole[[2, 4]], rtol=1e-5)
+    for half in (slice(2), slice(2, None)):  # what the worker tries again when a batch fails
+        for whole, part in zip(every, engine.topk(x[half], 5), strict=True):
+            np.testing.assert_allclose(part, whole[half], rtol=1e-5)
 
 
 def test_filters_are_exact(engine: GpuEngine, small_bundle: Bundle, sequences: list[list[int]]) -> None:
@@ -163,12 +168,34 @@ def test_embeddings_go_to_another_process_as_an_array(engine: GpuEngine, sequenc
         np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")  # of numpy, in the interpreter
-def test_numbers_that_are_not_finite_are_an_error(engine: GpuEngine) -> None:
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:All-NaN")  # of numpy, in the interpreter
+@pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan])
+def test_numbers_that_are_not_finite_are_an_error(engine: GpuEngine, number: float) -> None:
     x = np.zeros((3, 32), np.float32)
-    x[1, 4] = np.inf
+    x[1, 4] = number
     with pytest.raises(OverflowError, match="x row 1"):
         engine.topk(x, 3)
+
+
+class _FailedStream:
+    """What a stream does after an illegal access: every call gives that error again."""
+
+    def synchronize(self) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_after_a_failure_of_the_device_no_error_is_a_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeviceLost is not an Exception: it ends the thread, and so the process, while a fault of a batch passes as it is."""
+    lane = Lane(DEVICE)
+    with pytest.raises(OverflowError), lane():
+        raise OverflowError("x row 1")
+    monkeypatch.setattr(lane, "_stream", _FailedStream())
+    with pytest.raises(DeviceLost, match="illegal memory access") as caught:
+        lane.wait()
+    assert not isinstance(caught.value, Exception)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    with pytest.raises(DeviceLost), lane():
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
