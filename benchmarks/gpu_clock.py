@@ -13,11 +13,14 @@ _MOST_MS = 1_000.0  # of all repeats of one call
 
 
 class Clock:
-    """Medians of repeats with CUDA events; before each one the L2 cache is filled with something else."""
+    """Medians of repeats with CUDA events; before each one the L2 cache is filled with something else.
+
+    That is read, not written: or what the cache has still to write would be part of what is timed.
+    """
 
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self._repeats = device, repeats
-        self._flush = torch.empty(_FLUSH_BYTES if device.type == "cuda" else 1, dtype=torch.uint8, device=device)
+        self._flush = torch.zeros(_FLUSH_BYTES // 4 if device.type == "cuda" else 1, device=device)
 
     def times_ms(self, call: Callable[[], Any], *, graph: bool) -> list[float]:
         """Milliseconds of each repeat, after two calls that compile and choose kernels.
@@ -33,6 +36,11 @@ class Clock:
             self._once(call)
         repeats = max(3, min(self._repeats, int(_MOST_MS / max(warm_ms, 1e-3))))
         return [self._once(call) for _ in range(repeats)]
+
+    def extra_bytes(self, call: Callable[[], Any]) -> int:
+        """The most memory allocated during a call beyond what was there before."""
+        held = torch.cuda.memory_allocated(self.device) - self._flush.nbytes if self.device.type == "cuda" else 0
+        return self.peak_bytes(call) - held
 
     def peak_bytes(self, call: Callable[[], Any]) -> int:
         """The most memory allocated during a call, this clock's own left out."""
@@ -50,7 +58,7 @@ class Clock:
             call()
             return (time.perf_counter() - began) * 1e3
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self._flush.zero_()
+        self._flush.sum()
         start.record()
         call()
         end.record()
@@ -60,7 +68,7 @@ class Clock:
     def _recorded(self, call: Callable[[], Any]) -> Callable[[], Any]:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # back to it also after a failure
                 call()
         except RuntimeError as error:
             print(f"# launched from Python, as it cannot be recorded: {str(error).splitlines()[0]}")

@@ -111,7 +111,15 @@ class DenseLayer:
         scores, at = torch.cat([scores for scores, _ in parts], dim=1).topk(k, dim=1)
         return scores, torch.cat([labels for _, labels in parts], dim=1).gather(1, at)
 
-    def train_step(self, x: Tensor, positives: DevicePositives, lr: float) -> Tensor:
+    def places(self, positives: DevicePositives) -> list[Tensor]:
+        """Of each part of the labels, where its positives are in its logits, flattened; the host's work, not a step's."""
+        part = positives.slots // self._step_labels
+        starts = range(0, len(self.weight), self._step_labels)
+        sizes = [min(self._step_labels, len(self.weight) - start) for start in starts]
+        at = positives.rows * torch.tensor(sizes, device=part.device)[part] + positives.slots % self._step_labels
+        return [at[part == i] for i in range(len(sizes))]
+
+    def train_step(self, x: Tensor, places: list[Tensor], lr: float) -> Tensor:
         """Binary cross-entropy by SGD, labels taken in parts; ∂loss/∂x fp32 [B, D].
 
         Neither all logits nor any gradient of the weights is in memory: the update is the second product's own accumulation
@@ -119,18 +127,13 @@ class DenseLayer:
         stochastically. The loss itself is not computed.
         """
         grad_x = torch.zeros(x.shape, device=x.device)
-        for start in range(0, len(self.weight), self._step_labels):
-            part = self.weight[start : start + self._step_labels]
-            grad = (x @ part.t()).sigmoid_()
-            # Positives of other parts add nothing, at places that are there: so no step waits for how many they are.
-            at = positives.slots - start
-            here = (at >= 0) & (at < len(part))
-            places = positives.rows * len(part) + at.clamp(0, len(part) - 1)
-            grad.view(-1).scatter_add_(0, places, -here.to(grad.dtype))
-            grad /= len(x)
+        minus_one = x.new_full((), -1)
+        for part, positive in zip(self.weight.split(self._step_labels), places, strict=True):
+            grad = (x @ part.t()).sigmoid_()  # times B
+            grad.view(-1).scatter_add_(0, positive, minus_one.expand(len(positive)))
             grad_x += grad @ part
-            part.addmm_(grad.t(), x, alpha=-lr)
-        return grad_x
+            part.addmm_(grad.t(), x, alpha=-lr / len(x))
+        return grad_x.div_(len(x))
 
 
 def _random_inputs(rows: int, K: int, D: int, device: torch.device) -> Tensor:

@@ -121,7 +121,7 @@ def test_the_dense_layer_in_parts_is_the_dense_layer() -> None:
     target[positives.rows.long(), positives.slots] = 1
     loss = torch.nn.functional.binary_cross_entropy_with_logits(inputs @ weight.t(), target, reduction="sum") / 6
     loss.backward()
-    grad_x = parts.train_step(x, positives, 0.5)
+    grad_x = parts.train_step(x, parts.places(positives), 0.5)
     torch.testing.assert_close(grad_x.double(), inputs.grad, rtol=0, atol=0.02 * float(inputs.grad.abs().max()))
     expected = weight.detach() - 0.5 * weight.grad
     torch.testing.assert_close(parts.weight.double(), expected, rtol=0, atol=0.01)

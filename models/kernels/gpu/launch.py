@@ -80,8 +80,9 @@ def choose(x: Tensor, problem: Hashable, configs: list[Config], prepare: Callabl
         if torch.cuda.is_current_stream_capturing():
             return configs[0]
         start = time.perf_counter()
-        trial = prepare()
-        times = [_time(trial, config) for config in configs]
+        with torch.cuda.device(x.device):
+            trial = prepare()
+            times = [_time(trial, config) for config in configs]
         if min(times) == float("inf"):
             raise RuntimeError(f"no configuration of the kernel fits {torch.cuda.get_device_name(x.device)}")
         _chosen[key] = configs[times.index(min(times))]

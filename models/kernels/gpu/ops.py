@@ -18,7 +18,7 @@ from models.kernels.gpu.head import DeviceBlock, DeviceHead
 from models.kernels.gpu.launch import INTERPRETED, Config, choose, labels_at_once, power_of_two, run
 from models.kernels.subset import EVERY, Subset, check_allowed
 
-_MAXIMA = 1 << 28  # scores of tiles held at once; more rows are taken in parts
+_HELD = 1 << 28  # numbers of 4 bytes held at once; more rows are taken in parts
 _SAMPLE = 1 << 14  # groups that trials run on
 
 
@@ -26,15 +26,16 @@ def topk(x: Tensor, head: DeviceHead, k: int, allowed: Sequence[Subset | None] |
     """The k best labels per row of x [B, D], exactly: scores fp32 [B, k] descending, label ids int32 [B, k].
 
     Every k best label is in one of the k tiles of labels with the largest maxima: so those are found first, and only their
-    labels are compared. Memory is [B, L / tile] fp32, a tile being up to 64 labels, and little more. Equal scores come in any
-    order. With fewer than k labels, all of them. `allowed` as in models.kernels; it costs L / 8 bytes a row.
+    labels are compared. Memory is 4 bytes a row for each tile, which is up to 64 labels, and 8 for each label of k tiles. Equal
+    scores come in any order. With fewer than k labels, all of them. `allowed` as in models.kernels; it costs L / 8 bytes a row.
     """
     check_input(x, head.width)
     if k < 1:
         raise ValueError(f"k is {k}, must be at least 1")
     k = min(k, head.n_labels)
     columns = sum(block.groups * (block.group_size // _labels(block, x)) for block in head.blocks)
-    rows = max(16, _MAXIMA // max(1, columns) // 16 * 16)
+    chosen = min(k, columns) * max(_labels(block, x) for block in head.blocks)
+    rows = max(16, _HELD // max(1, columns, 2 * chosen) // 16 * 16)
     bits = None
     if allowed is not None:
         slots = sum(block.bias.numel() for block in head.blocks)
@@ -142,6 +143,7 @@ def grad_input(grad: Tensor, block: DeviceBlock) -> Tensor:
     _check_gradient(grad, block)
     B, GT = len(grad), _labels(block, grad)
     sizes = _gradient_sizes(block, grad, GT)
+    _check_count(B, block.width)
     grad_xt = grad.new_zeros((block.width, B), dtype=torch.float32)
     arguments = {
         "grad": grad.contiguous(), "values": block.values, "indices": block.indices, "grad_xt": grad_xt, "B": B, "ldx": B,
@@ -182,11 +184,15 @@ def check_input(x: Tensor, width: int) -> None:
 def transposed(x: Tensor, dtype: torch.dtype, BM: int) -> Tensor:
     """x [B, D] as [D, B] of another type, with columns of zeros up to a whole number of BM."""
     columns = max(1, triton.cdiv(len(x), BM)) * BM
-    if x.shape[1] * columns >= 1 << 31:
-        raise ValueError(f"x is {list(x.shape)}: the kernels count its numbers in 32 bits; give them fewer rows at once")
+    _check_count(columns, x.shape[1])
     xt = x.new_zeros((x.shape[1], columns), dtype=dtype)
     xt[:, : len(x)] = x.t()
     return xt
+
+
+def _check_count(B: int, width: int) -> None:
+    if B * width >= 1 << 31:
+        raise ValueError(f"x is [{B}, {width}]: the kernels count its numbers in 32 bits; give them fewer rows at once")
 
 
 def _buffers(block: DeviceBlock) -> dict[str, Tensor | None]:

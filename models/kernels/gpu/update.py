@@ -94,11 +94,13 @@ def updated(
         value -= lr * grad
     elif OPTIMIZER == "momentum":
         m = beta1 * fetch(first_moment + at, mask) + grad
+        tl.debug_barrier()  # threads may hold the same numbers: all have read the old ones
         tl.store(first_moment + at, m, mask=mask)
         value -= lr * m
     else:
         m = beta1 * fetch(first_moment + at, mask) + rest1 * grad
         v = beta2 * fetch(second_moment + at, mask) + rest2 * (grad * grad)
+        tl.debug_barrier()
         tl.store(first_moment + at, m, mask=mask)
         tl.store(second_moment + at, v, mask=mask)
         value -= tl.div_rn(lr * (m * correction1), tl.sqrt_rn(v * correction2) + eps)

@@ -267,6 +267,15 @@ def test_no_rows_and_no_positives(connectivity: str) -> None:
     assert gpu.topk(tensor(x), DeviceHead.of(head_of(block), DEVICE), 3)[1].shape == (0, 3)
 
 
+def test_more_numbers_than_32_bits_count_are_refused() -> None:
+    block = DeviceBlock.of(random_block(Shape(1, 64, 16, 5, 16), "shared", "fp32"), DEVICE)
+    rows = 1 << 25  # of the same numbers: no memory
+    with pytest.raises(ValueError, match=r"x is \[33554432, 64\]"):
+        gpu.scores(torch.zeros(1, 64, device=DEVICE).expand(rows, -1), block)
+    with pytest.raises(ValueError, match=r"x is \[33554432, 64\]"):
+        gpu.grad_input(torch.zeros(1, *block.bias.shape, device=DEVICE).expand(rows, -1, -1), block)
+
+
 def test_layers_on_a_device_equal_those_on_the_cpu() -> None:
     from models import layer
 
