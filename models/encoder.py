@@ -39,12 +39,14 @@ class EncoderConfig:
     max_length    tokens per text, special tokens included; longer texts are cut
     intermediate  width of the Linear + ReLU layer in front of the head, 0 for none
     dropout       on the pooled embedding, while training
+    intermediate_dropout  on the intermediate layer's outputs, while training
     """
 
     pooling: Pooling
     max_length: int
     intermediate: int = 0
     dropout: float = 0.0
+    intermediate_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.pooling not in get_args(Pooling):
@@ -53,8 +55,9 @@ class EncoderConfig:
             raise EncoderError(f"max_length is {self.max_length}, must be at least 1")
         if not 0 <= self.intermediate <= MAX_WIDTH:
             raise EncoderError(f"intermediate is {self.intermediate}, must be 0 (none) to {MAX_WIDTH}")
-        if not 0 <= self.dropout < 1:
-            raise EncoderError(f"dropout is {self.dropout}, must be at least 0 and below 1")
+        for name, share in (("dropout", self.dropout), ("intermediate_dropout", self.intermediate_dropout)):
+            if not 0 <= share < 1:
+                raise EncoderError(f"{name} is {share}, must be at least 0 and below 1")
 
 
 class Encoder(nn.Module):
@@ -90,6 +93,7 @@ class Encoder(nn.Module):
         self.width = config.intermediate or self.embedding_width
         self.transformer = transformer
         self.dropout = nn.Dropout(config.dropout)
+        self.intermediate_dropout = nn.Dropout(config.intermediate_dropout)
         self.intermediate = nn.Linear(self.embedding_width, config.intermediate) if config.intermediate else None
         if self.intermediate is not None:  # for a ReLU (He et al. 2015): outputs as large as inputs
             nn.init.kaiming_normal_(self.intermediate.weight, nonlinearity="relu")
@@ -222,9 +226,9 @@ class Encoder(nn.Module):
         return hidden.gather(1, last[:, None, None].expand(-1, -1, hidden.shape[2])).squeeze(1)
 
     def project(self, pooled: Tensor) -> Tensor:
-        """The head's input fp32 [B, D]: dropout (while training), then the intermediate layer if there is one."""
+        """The head's input fp32 [B, D]: the embedding, or the intermediate layer's outputs; with dropout while training."""
         embedding = self.dropout(pooled)
-        return embedding if self.intermediate is None else self.intermediate(embedding).relu()
+        return embedding if self.intermediate is None else self.intermediate_dropout(self.intermediate(embedding).relu())
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Head inputs fp32 [B, D] from token ids and mask, both int64 [B, S]."""

@@ -176,8 +176,8 @@ def test_small_learns_from_scratch() -> None:
     assert ((scores > 0) == target.bool()).all()
 
 
-def test_project_is_dropout_then_relu_layer() -> None:
-    encoder = small(intermediate=24, dropout=0.5)
+def test_project_is_dropout_then_relu_layer_then_dropout() -> None:
+    encoder = small(intermediate=24, dropout=0.5, intermediate_dropout=0.75)
     assert (encoder.embedding_width, encoder.width) == (32, 24)
     pooled = torch.randn(64, 32)
     expected = torch.relu(pooled @ encoder.intermediate.weight.T + encoder.intermediate.bias)
@@ -185,9 +185,16 @@ def test_project_is_dropout_then_relu_layer() -> None:
     plain = small(dropout=0.5).train()
     dropped = plain.project(torch.ones(64, 32))
     assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    layered = small(intermediate=24, intermediate_dropout=0.75).train()
+    whole, dropped = layered.eval().project(pooled), layered.train().project(pooled)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], 4 * whole[kept])
+    assert 0.2 < kept.sum() / (whole != 0).sum() < 0.3
 
 
-@pytest.mark.parametrize("config", [{"pooling": "cls"}, {"pooling": "last", "intermediate": 40, "dropout": 0.25}])
+@pytest.mark.parametrize(
+    "config", [{"pooling": "cls"}, {"pooling": "last", "intermediate": 40, "dropout": 0.25, "intermediate_dropout": 0.5}]
+)
 def test_save_and_load_bit_for_bit(tmp_path: Path, config: dict[str, object]) -> None:
     encoder = small(**config)
     encoder.save(tmp_path / "encoder")
@@ -257,6 +264,7 @@ def test_load_refuses_settings_and_weights_that_do_not_fit(tmp_path: Path) -> No
         ({"max_length": 0}, "max_length is 0"),
         ({"intermediate": 65_537}, "intermediate is 65537, must be 0 .none. to 65536"),
         ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"intermediate_dropout": -0.1}, "intermediate_dropout is -0.1"),
     ],
 )
 def test_config_errors(config: dict[str, object], message: str) -> None:

@@ -25,6 +25,7 @@ def new_encoder(settings: Settings, data: Dataset, labels: Labels) -> Encoder:
         max_length=settings.max_length,
         intermediate=settings.intermediate,
         dropout=settings.dropout,
+        intermediate_dropout=settings.intermediate_dropout,
     )
     if settings.encoder != "small":
         torch.manual_seed(settings.seed)  # for the intermediate layer

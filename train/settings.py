@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Other defaults with a pretrained encoder: it takes smaller steps, learns a small data set by heart sooner, and a ReLU layer
 # spreads its outputs. Behind an encoder that knows nothing yet the units of that layer die (docs/LOG.md).
-PRETRAINED = {"encoder_lr": 2e-4, "dropout": 0.4, "intermediate": 2048}
+PRETRAINED = {"encoder_lr": 2e-4, "dropout": 0.4, "intermediate": 2048, "intermediate_dropout": 0.4}
 
 
 class SettingsError(ValueError):
@@ -143,6 +143,9 @@ class Settings:
         0, "units of the ReLU layer that spreads a pretrained encoder's outputs for the head, 0 for none", _whole, unit="D"
     )
     dropout: float = _encoder(0.1, "share of the pooled embedding dropped while training", _share, unit="SHARE")
+    intermediate_dropout: float = _encoder(
+        0.0, "share of the intermediate layer's outputs dropped while training", _share, unit="SHARE"
+    )
     encoder_dtype: Dtype = _encoder(
         "fp32",
         "number format of the transformer: fp32; bf16-mixed has fp32 weights, and matrix products in bf16 while training; "
@@ -341,8 +344,9 @@ def _check(settings: Settings) -> None:
         raise SettingsError("--label-smoothing 1 would leave no target")
     if settings.group_size % 16:
         raise SettingsError(f"--group-size {settings.group_size} is not a multiple of 16")
-    if settings.dropout == 1:
-        raise SettingsError("--dropout 1 would drop every input")
+    for flag in ("dropout", "intermediate_dropout"):
+        if getattr(settings, flag) == 1:
+            raise SettingsError(f"--{flag.replace('_', '-')} 1 would drop every input")
     if not Path(settings.data).is_dir():
         raise SettingsError(f"--data {settings.data}: no such folder")
 

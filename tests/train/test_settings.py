@@ -9,7 +9,7 @@ from tests.train.tasks import QUICK, SMALL, run
 from train import settings
 from train.flags import parse
 from train.presets import PRESETS
-from train.settings import Settings
+from train.settings import PRETRAINED, Settings
 
 
 def test_help_explains_every_setting_and_the_exit_codes(capsys):
@@ -43,7 +43,7 @@ def test_defaults_depend_on_the_encoder_and_flags_win(tmp_path):
     assert beside_preset.intermediate == pretrained.intermediate > 0
     assert beside_preset.fan_in == PRESETS["cpu"]["fan_in"]
     small = settings.new(given | {"encoder": "small", "preset": "amazon-3m"})
-    assert (small.encoder_lr, small.dropout, small.intermediate) == (Settings.encoder_lr, Settings.dropout, 0)
+    assert all(getattr(small, name) == getattr(Settings, name) for name in PRETRAINED)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -93,6 +93,7 @@ def test_a_bad_flag_is_named(capsys, flags, message):
         (["--tiers", "16:100%", "--connectivity", "dense"], "--tiers does not go with --connectivity dense"),
         (["--label-smoothing", "1"], "--label-smoothing 1 would leave no target"),
         (["--dropout", "1"], "--dropout 1 would drop every input"),
+        (["--intermediate-dropout", "1"], "--intermediate-dropout 1 would drop every input"),
         (["--fan-in", "65"], "--fan-in 65: a label cannot read 65 inputs, the intermediate layer has 64 outputs"),
         (["--fan-in", "65", "--intermediate", "0"], "a label cannot read 65 inputs, the encoder has 32 outputs"),
         (["--tiers", "dense:10%,65:90%"], "--tiers dense:10%,65:90%: a label cannot read 65 inputs"),
