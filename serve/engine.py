@@ -31,8 +31,15 @@ _SLOW_FUSIONS = ["SkipLayerNormFusion"]
 _LENGTHS = (*range(8, 65, 8), *range(80, 129, 16), *range(160, 257, 32), *range(320, 513, 64), *range(640, 1025, 128))
 
 
+class DeviceLost(BaseException):
+    """A device has failed, and so will all that this process asks of it: only a new process can go on.
+
+    Not an Exception, which would be taken for the fault of a text, or of a batch that was too large.
+    """
+
+
 class Engine(ABC):
-    """One bundle on one device, ready to predict. `encode` and `topk` are for one thread at a time.
+    """One bundle on one device, ready to predict. `encode` and `topk` are for one thread at a time, and may raise DeviceLost.
 
     version   SHA-256 of the bundle
     threads   of the CPU that it uses

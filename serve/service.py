@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from serve.backend import Answer, Backend, ClientLeaves
-from serve.engine import Engine
+from serve.engine import DeviceLost, Engine
 from serve.host import trim_heap
 from serve.labels import LabelFilter
 from serve.metrics import Metrics
@@ -192,7 +192,10 @@ class Service:
             backend.close()
 
     async def _open(self, path: Path) -> Backend:
-        return await asyncio.to_thread(self._open_here, path, asyncio.get_running_loop())
+        try:
+            return await asyncio.to_thread(self._open_here, path, asyncio.get_running_loop())
+        except DeviceLost as lost:  # no batch is under way that could tell: whoever asked for the bundle hears of it
+            raise RuntimeError(str(lost)) from lost
 
     def _open_here(self, path: Path, loop: asyncio.AbstractEventLoop) -> Backend:
         settings, began = self.settings, time.perf_counter()

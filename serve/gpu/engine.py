@@ -51,7 +51,7 @@ def open_engine(bundle: Bundle, threads: int, device: str, encoder_runtime: Enco
 
 
 class GpuEngine(Engine):
-    """A bundle on one GPU. `encode` and `topk` raise DeviceLost when that no longer works."""
+    """A bundle on one GPU."""
 
     overlaps = True
 

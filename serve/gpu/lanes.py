@@ -9,12 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-class DeviceLost(BaseException):
-    """A device has failed, and so will all that this process asks of it: only a new process can go on.
-
-    Not an Exception, which would be taken for the fault of a text, or of a batch that was too large.
-    """
+from serve.engine import DeviceLost
 
 
 class Lane:

@@ -21,9 +21,9 @@ from models.encoder import Encoder, EncoderConfig
 from models.head import Block, Head
 from models.kernels import Subset, reference
 from models.kernels.gpu.launch import INTERPRETED
-from serve.engine import CpuEngine
+from serve.engine import CpuEngine, DeviceLost
 from serve.gpu.engine import Embeddings, GpuEngine
-from serve.gpu.lanes import DeviceLost, Lane
+from serve.gpu.lanes import Lane
 from serve.gpu.search import Search
 from tests.serve.harness import TEXTS
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from export.bundle import open_bundle
-from serve.engine import Engine
+from serve.engine import DeviceLost, Engine
 from serve.service import NotReady, Reload, ReloadUnderWay
 from tests.serve.harness import LABELS, TEXTS, Local, Process, Serving, TouchyEngine, make_bundle, problem_of
 from tests.serve.test_behaviour import eventually, occupy, post, start_drain
@@ -119,12 +119,13 @@ def test_before_the_first_bundle_is_loaded_there_is_nothing_to_replace(serving: 
         start_reload(local, other_path).result(20)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("too cold"), DeviceLost("cuda:0: too cold")])
 def test_an_engine_that_fails_to_warm_up_changes_nothing(
-    serving: Serving, other_path: Path, monkeypatch: pytest.MonkeyPatch
+    serving: Serving, other_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     class Cold(TouchyEngine):
         def warm_up(self, max_inputs: int, max_tokens: int) -> float:
-            raise RuntimeError("too cold")
+            raise error
 
         def close(self) -> None:
             super().close()
