@@ -15,7 +15,6 @@ _BERT = {
     "encoder": "bert-base-uncased",
     "pooling": "cls",
     "intermediate": 0,
-    "intermediate_dropout": 0.0,
     "weight_decay": 0.01,
     "schedule": "cosine",
     "loss": "bce",

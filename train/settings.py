@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Other defaults with a pretrained encoder: it takes smaller steps, learns a small data set by heart sooner, and a ReLU layer
 # spreads its outputs. Behind an encoder that knows nothing yet the units of that layer die (docs/LOG.md).
-PRETRAINED = {"encoder_lr": 2e-4, "dropout": 0.4, "intermediate": 2048, "intermediate_dropout": 0.4}
+PRETRAINED = {"encoder_lr": 2e-4, "dropout": 0.4, "intermediate": 2048}
 
 
 class SettingsError(ValueError):
@@ -144,7 +144,7 @@ class Settings:
     )
     dropout: float = _encoder(0.1, "share of the pooled embedding dropped while training", _share, unit="SHARE")
     intermediate_dropout: float = _encoder(
-        0.0, "share of the intermediate layer's outputs dropped while training", _share, unit="SHARE"
+        0.0, "share of the intermediate layer's outputs dropped while training; for a large fan-in", _share, unit="SHARE"
     )
     encoder_dtype: Dtype = _encoder(
         "fp32",
