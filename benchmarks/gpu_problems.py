@@ -114,8 +114,7 @@ class DenseLayer:
     def places(self, positives: DevicePositives) -> list[Tensor]:
         """Of each part of the labels, where its positives are in its logits, flattened; the host's work, not a step's."""
         part = positives.slots // self._step_labels
-        starts = range(0, len(self.weight), self._step_labels)
-        sizes = [min(self._step_labels, len(self.weight) - start) for start in starts]
+        sizes = [len(each) for each in self.weight.split(self._step_labels)]
         at = positives.rows * torch.tensor(sizes, device=part.device)[part] + positives.slots % self._step_labels
         return [at[part == i] for i in range(len(sizes))]
 

@@ -34,20 +34,24 @@ def topk(x: Tensor, head: DeviceHead, k: int, allowed: Sequence[Subset | None] |
         raise ValueError(f"k is {k}, must be at least 1")
     k = min(k, head.n_labels)
     columns = sum(block.groups * (block.group_size // _labels(block, x)) for block in head.blocks)
-    chosen = min(k, columns) * max(_labels(block, x) for block in head.blocks)
-    rows = max(16, _HELD // max(1, columns, 2 * chosen) // 16 * 16)
+    widest = max(_labels(block, x) for block in head.blocks)
+    rows = max(16, _HELD // max(1, columns, 2 * min(k, columns) * widest) // 16 * 16)
     bits = None
     if allowed is not None:
         slots = sum(block.bias.numel() for block in head.blocks)
         check_allowed(allowed, len(x), slots)
         bits = _bits(allowed, slots, x.device)
-    parts = [_topk(part, head, k, columns, None if bits is None else bits[i * rows :]) for i, part in enumerate(x.split(rows))]
+    parts = [
+        _topk(part, head, k, columns, widest, None if bits is None else bits[i * rows :])
+        for i, part in enumerate(x.split(rows))
+    ]
     return (
         (torch.cat([scores for scores, _ in parts]), torch.cat([labels for _, labels in parts])) if len(parts) > 1 else parts[0]
     )
 
 
-def _topk(x: Tensor, head: DeviceHead, k: int, columns: int, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+def _topk(x: Tensor, head: DeviceHead, k: int, columns: int, widest: int, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`columns` is how many tiles the head has, `widest` the labels of its widest ones."""
     B = len(x)
     maxima = x.new_empty((B, columns), dtype=torch.float32)
     first, place, starts = 0, 0, []
@@ -60,9 +64,8 @@ def _topk(x: Tensor, head: DeviceHead, k: int, columns: int, allowed: Tensor | N
         place += block.groups * block.group_size
     per_row = min(k, columns)
     chosen = torch.topk(maxima, per_row, dim=1, sorted=False).indices
-    slots = max(_labels(block, x) for block in head.blocks)
-    found = x.new_full((B, per_row, slots), float("-inf"), dtype=torch.float32)
-    labels = x.new_full((B, per_row, slots), -1, dtype=torch.int32)
+    found = x.new_full((B, per_row, widest), float("-inf"), dtype=torch.float32)
+    labels = x.new_full((B, per_row, widest), -1, dtype=torch.int32)
     for block, (first, place) in zip(head.blocks, starts, strict=True):
         _rescore(x, block, chosen, first, found, labels, allowed, place)
     best, at = torch.topk(found.flatten(1), k, dim=1)
