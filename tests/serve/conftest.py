@@ -1,4 +1,4 @@
-"""A small bundle, made as `export` makes them, and servers that serve it."""
+"""A small bundle, made as `export` makes them, servers that serve it, and a browser for their page."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from serve.http.protocol import configuration
 from serve.metrics import Metrics
 from serve.service import Service
 from serve.settings import Settings
+from tests.serve.browser import Browser
 from tests.serve.harness import LABELS, Local, Process, Serving, TouchyEngine, make_bundle
 
 
@@ -58,6 +59,33 @@ def server(bundle_path: Path) -> Iterator[Process]:
 def client(server: Process) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=30) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    browser = Browser(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def tab(chromium: Browser) -> Iterator[Browser]:
+    """The browser as at first, with nothing open yet."""
+    chromium.open("about:blank")
+    chromium.requests.clear()
+    chromium.errors.clear()
+    chromium.resize(1280, 900)
+    chromium.prefer()
+    yield chromium
+    chromium.run("0")  # so that the last events are noted
+    assert chromium.errors == []
+
+
+@pytest.fixture
+def page(tab: Browser, server: Process) -> Browser:
+    tab.open(f"{server.url}/")
+    tab.wait_for("document.title === 'topics'")
+    return tab
 
 
 @pytest.fixture
