@@ -24,6 +24,7 @@ from serve.service import Service
 from serve.settings import Settings
 from tests.serve.browser import Browser
 from tests.serve.harness import LABELS, Local, Process, Serving, TouchyEngine, make_bundle
+from tests.serve.page import open_page
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +62,7 @@ def client(server: Process) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     browser = Browser(tmp_path_factory.mktemp("chromium"))
     yield browser
@@ -83,8 +84,7 @@ def tab(chromium: Browser) -> Iterator[Browser]:
 
 @pytest.fixture
 def page(tab: Browser, server: Process) -> Browser:
-    tab.open(f"{server.url}/")
-    tab.wait_for("document.title === 'topics'")
+    open_page(tab, server.url)
     return tab
 
 

@@ -1,10 +1,12 @@
-"""What the tests of the page look at."""
+"""How the tests open the page, and what they look at."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
+
+from tests.serve.browser import Browser
 
 IN_BROWSER = [
     pytest.mark.browser,
@@ -13,3 +15,9 @@ IN_BROWSER = [
 ANSWERED = "!document.querySelector('#result').hidden && !document.querySelector('#go').ariaDisabled"
 NAMES = "[...document.querySelectorAll('#predictions .name')].map((element) => element.textContent)"
 PROBLEM = "document.querySelector('#problem').hidden ? '' : document.querySelector('#problem').innerText"
+
+
+def open_page(tab: Browser, url: str) -> None:
+    """Opens the page of the server at `url`, and waits until it knows the model."""
+    tab.open(f"{url}/")
+    tab.wait_for("document.title === 'topics'")

@@ -12,7 +12,7 @@ import httpx
 
 from tests.serve.browser import Browser
 from tests.serve.harness import TEXTS, Process, Serving
-from tests.serve.page import ANSWERED, IN_BROWSER, NAMES, PROBLEM
+from tests.serve.page import ANSWERED, IN_BROWSER, NAMES, PROBLEM, open_page
 
 pytestmark = IN_BROWSER
 
@@ -47,8 +47,7 @@ def test_an_address_with_a_label_that_is_unknown_says_which_filter_is_wrong(tab:
 
 def test_a_server_that_ended_is_said_so(tab: Browser, serving: Serving) -> None:
     with serving() as local:
-        tab.open(f"{local.url}/")
-        tab.wait_for("document.title === 'topics'")
+        open_page(tab, local.url)
     tab.type(TEXTS[0])
     tab.wait_for(PROBLEM)
     assert "cannot be reached" in tab.run(PROBLEM)
@@ -68,8 +67,7 @@ def test_it_waits_for_a_server_that_is_loading(tab: Browser, serving: Serving) -
 
 def test_a_server_that_drains_is_said_so(tab: Browser, serving: Serving) -> None:
     with serving() as local:
-        tab.open(f"{local.url}/")
-        tab.wait_for("document.title === 'topics'")
+        open_page(tab, local.url)
         local.call(lambda: asyncio.ensure_future(local.service.drain()))
         tab.type(TEXTS[0])
         tab.wait_for(f"({PROBLEM}).includes('The server is draining.')")
@@ -78,8 +76,7 @@ def test_a_server_that_drains_is_said_so(tab: Browser, serving: Serving) -> None
 
 def test_it_asks_again_when_the_queue_was_full(tab: Browser, serving: Serving) -> None:
     with serving(max_queue_tokens=1) as local, ThreadPoolExecutor(8) as pool:
-        tab.open(f"{local.url}/")
-        tab.wait_for("document.title === 'topics'")
+        open_page(tab, local.url)
         local.engine.gate.clear()
         full = threading.Event()
 
