@@ -54,53 +54,110 @@ def head_of(connectivity: str, dtype: str, rng: np.random.Generator) -> Head:
     return Head(WIDTH, LABELS, blocks)
 
 
+def means_of(texts: Vectors) -> np.ndarray:
+    """fp64 [L, D]: the mean of each label's texts; NaN for labels without any."""
+    of_label = [[row for row in range(TEXTS) if label in texts.split.labels_of([row])[0]] for label in range(LABELS)]
+    return np.array([texts.x[rows].mean(axis=0, dtype=np.float64) if rows else np.full(WIDTH, np.nan) for rows in of_label])
+
+
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("connectivity", ["dense", "shared", "private"])
-def test_a_label_starts_at_the_mean_of_its_texts(connectivity, dtype):
+def test_a_label_starts_as_the_discriminant_of_its_texts(connectivity, dtype, wide, monkeypatch):
+    """At the inputs that move its scores most, or those of its group; a wide head takes inputs for uncorrelated."""
+    monkeypatch.setattr("train.imprint._WIDEST_COVARIANCE", WIDTH - wide)
     rng = np.random.default_rng(0)
     texts, counts = task(rng)
+    texts.x[:] = texts.x @ rng.standard_normal((WIDTH, WIDTH)).astype(np.float32)
     head = head_of(connectivity, dtype, rng)
     before = [{name: buffer.copy() for name, buffer in block.buffers.items()} for block in head.blocks]
     imprint(head, texts, counts)
     head.validate()
 
-    of_label = [[row for row in range(TEXTS) if label in texts.split.labels_of([row])[0]] for label in range(LABELS)]
-    means = np.array([texts.x[rows].mean(axis=0, dtype=np.float64) if rows else np.full(WIDTH, np.nan) for rows in of_label])
-    means -= np.nanmean(means, axis=0)
+    covariance = np.cov(texts.x.T.astype(np.float64), bias=True)
+    shrunken = (np.diag(np.diag(covariance)) if wide else covariance) + np.trace(covariance) / WIDTH * np.eye(WIDTH)
+    means = means_of(texts)
+    weights = np.linalg.solve(shrunken, (means - np.nanmean(means, axis=0)).T).T
+    losses = weights**2 / np.diag(np.linalg.inv(shrunken))
+    losses /= losses.sum(axis=1, keepdims=True)
     for block, old in zip(head.blocks, before, strict=True):
         assert (block.bias == old["bias"]).all()
-        assert block.connectivity != "shared" or (block.indices == old["indices"]).all()
         values = dtypes.decode(block.values, dtype)
         for (group, place), label in np.ndenumerate(block.label_ids):
-            if label < 0 or not counts[label]:
+            known = [other for other in block.label_ids[group] if other >= 0 and counts[other]]
+            read = {
+                "dense": np.arange(WIDTH),
+                "shared": np.sort(np.argsort(-losses[known].sum(axis=0))[: block.fan_in]),
+                "private": np.sort(np.argsort(-losses[label])[: block.fan_in]),
+            }[block.connectivity]
+            if label not in known:
                 assert (block.values[group, :, place] == old["values"][group, :, place]).all()
                 continue
-            inputs = {"dense": slice(None), "shared": (group,), "private": (group, slice(None), place)}[block.connectivity]
-            expected = means[label] if block.indices is None else means[label][block.indices[inputs]]
+            if block.indices is not None:
+                assert (block.indices[(group, slice(None), place)[: block.indices.ndim]] == read).all()
+            expected = weights[label][read]
             expected = expected / np.sqrt((expected**2).mean()) * block.fan_in**-0.5
             np.testing.assert_allclose(values[group, :, place], expected, rtol=2**-8 if dtype == "bf16" else 1e-3, atol=1e-5)
 
 
-def test_a_private_label_reads_where_it_differs_most():
-    """A label's texts have much of three inputs; half of all inputs vary a hundred times as much, in every label alike."""
+@pytest.mark.parametrize("numbers", [1, 20 * WIDTH, 1 << 22])
+def test_labels_in_several_passes_come_to_the_same(numbers, monkeypatch):
+    texts, counts = task(np.random.default_rng(3))
+    heads = [head_of("shared", "fp32", np.random.default_rng(4)) for _ in range(2)]
+    imprint(heads[0], texts, counts)
+    monkeypatch.setattr("train.imprint._NUMBERS_AT_ONCE", numbers)
+    monkeypatch.setattr("train.imprint._SUMS_AT_ONCE", numbers)
+    imprint(heads[1], texts, counts)
+    for one, other in zip(heads[0].blocks, heads[1].blocks, strict=True):
+        for name, buffer in one.buffers.items():
+            np.testing.assert_allclose(other.buffers[name], buffer, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("connectivity", ["shared", "private"])
+def test_labels_read_what_tells_them_apart(connectivity):
+    """A label's texts have more of two of sixteen inputs; the others say nothing, though the last varies much."""
     rng = np.random.default_rng(2)
     texts, counts = task(rng)
-    told = np.array([rng.permutation(WIDTH)[:3] for _ in range(LABELS)])
-    texts.x[:] = rng.standard_normal(texts.x.shape) * 0.01
+    telling = 16
+    told = np.array([rng.permutation(telling)[:2] for _ in range(LABELS)])
+    texts.x[:] = rng.standard_normal(texts.x.shape) * 0.2
     for label in range(LABELS):
         rows = [row for row in range(TEXTS) if label in texts.split.labels_of([row])[0]]
         texts.x[rows, told[label][:, None]] += 1
-    texts.x[:, ::2] *= 100
-    head = head_of("private", "fp32", rng)
+    texts.x[:, -1] *= 100
+    head = head_of(connectivity, "fp32", rng)
     block, before = head.blocks[1], head.blocks[1].indices.copy()
     imprint(head, texts, counts)
     head.validate()
+    if connectivity == "shared":
+        assert not np.isin(block.indices, np.arange(telling, WIDTH - 1)).any()
+        return
     for (group, place), label in np.ndenumerate(block.label_ids):
         read = block.indices[group, :, place]
         if label >= 0 and counts[label] > 4:  # of fewer texts, other labels' inputs may say as much
             assert set(told[label]) <= set(read)
         elif label < 0 or not counts[label]:
             assert (read == before[group, :, place]).all()
+
+
+def test_what_several_inputs_say_is_said_once():
+    """Twelve inputs are nearly copies of one that tells a label; two others, each by itself, tell it a little less."""
+    rng = np.random.default_rng(5)
+    texts, counts = task(rng)
+    texts.x[:] = rng.standard_normal(texts.x.shape)
+    label = int(counts.argmax())
+    rows = [row for row in range(TEXTS) if label in texts.split.labels_of([row])[0]]
+    texts.x[:, 1:12] = texts.x[:, :1] + 0.3 * texts.x[:, 1:12]
+    texts.x[rows, :12] += 1
+    texts.x[rows, 12:14] += 0.8
+    head = head_of("private", "fp32", rng)
+    imprint(head, texts, counts)
+    block_of, slot_of = head.slots()
+    group, place = divmod(int(slot_of[label]), 16)
+    assert block_of[label] == 1
+    block = head.blocks[1]
+    weight = dict(zip(block.indices[group, :, place], block.values[group, :, place], strict=True))
+    assert min(weight[12], weight[13]) > 1.5 * max(weight.get(i, 0) for i in range(12))
 
 
 @pytest.mark.parametrize("connectivity", ["shared", "private"])
