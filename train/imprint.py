@@ -34,11 +34,12 @@ _NUMBERS_AT_ONCE = 1 << 22
 _SUMS_AT_ONCE = 1 << 29  # numbers, 2 GiB
 
 
-def imprint(head: Head, inputs: Inputs, counts: np.ndarray) -> None:
-    """Overwrites the weights of the head's labels, and their indices, with what `inputs`, the training texts, say.
+def imprint(head: Head, inputs: Inputs, counts: np.ndarray, *, choose_shared: bool) -> None:
+    """Overwrites the weights of the head's labels with what `inputs`, the training texts, say.
 
-    `counts` int [L] are the texts of each label; those without any keep their weights, and all their biases. The texts are
-    embedded once for the moments and once for every 2 GiB of the labels' sums, fp32 [L, D].
+    Private labels' indices too, and with `choose_shared` those of groups. `counts` int [L] are the texts of each label; those
+    without any keep their weights, and all labels their biases. The texts are embedded once for the moments and once for every
+    2 GiB of the labels' sums, fp32 [L, D].
     """
     mean, covariance = _moments(inputs, counts, head.width)
     discriminant = _Discriminant.shrunken(mean, covariance)
@@ -48,7 +49,7 @@ def imprint(head: Head, inputs: Inputs, counts: np.ndarray) -> None:
         sums = _sums(blocks, inputs, head.n_labels)
         starts = np.cumsum([block.label_ids.size for block in blocks])
         for block, of_block in zip(blocks, np.split(sums, starts[:-1]), strict=True):
-            _begin(block, of_block, counts, discriminant)
+            _begin(block, of_block, counts, discriminant, choose_shared)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +144,7 @@ def _positives(inputs: Inputs, batch: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.concatenate(labels), np.repeat(np.arange(len(batch)), [len(each) for each in labels])
 
 
-def _begin(block: Block, sums: np.ndarray, counts: np.ndarray, discriminant: _Discriminant) -> None:
+def _begin(block: Block, sums: np.ndarray, counts: np.ndarray, discriminant: _Discriminant, choose_shared: bool) -> None:
     """Writes indices and values of the labels of `block`, given the sums fp32 [N · G, D] over their texts."""
     labels = block.label_ids.reshape(-1)
     slots = np.flatnonzero((labels >= 0) & (counts[labels] > 0))
@@ -152,17 +153,20 @@ def _begin(block: Block, sums: np.ndarray, counts: np.ndarray, discriminant: _Di
     slots, weights = slots[says], weights[says]
     groups, places = np.divmod(slots, block.group_size)
     if block.indices is not None and len(slots):
-        losses = discriminant.losses(weights)
         if block.connectivity == "private":
-            read = _largest(losses, block.fan_in)
+            read = _largest(discriminant.losses(weights), block.fan_in)
             block.indices[groups, :, places] = read
         else:
-            some, starts = np.unique(groups, return_index=True)
-            block.indices[some] = _largest(np.add.reduceat(losses, starts), block.fan_in)
+            if choose_shared:
+                some, starts = np.unique(groups, return_index=True)
+                losses = np.add.reduceat(discriminant.losses(weights), starts)
+                block.indices[some] = _largest(losses, block.fan_in)
             read = block.indices[groups].astype(np.int64)
         weights = np.take_along_axis(weights, read, axis=1)
-    weights *= block.fan_in**-0.5 / np.sqrt(np.square(weights).mean(axis=1, keepdims=True))
-    block.values[groups, :, places] = dtypes.encode(weights.astype(np.float32), block.dtype)
+    rms = np.sqrt(np.square(weights).mean(axis=1))
+    says = rms > 0  # inputs that the label's group reads may say nothing of it
+    values = weights[says] * (block.fan_in**-0.5 / rms[says, None])
+    block.values[groups[says], :, places[says]] = dtypes.encode(values.astype(np.float32), block.dtype)
 
 
 def _largest(losses: np.ndarray, count: int) -> np.ndarray:

@@ -62,16 +62,17 @@ def means_of(texts: Vectors) -> np.ndarray:
 
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("connectivity", ["dense", "shared", "private"])
+@pytest.mark.parametrize("connectivity", ["dense", "shared", "shared as it is", "private"])
 def test_a_label_starts_as_the_discriminant_of_its_texts(connectivity, dtype, wide, monkeypatch):
     """At the inputs that move its scores most, or those of its group; a wide head takes inputs for uncorrelated."""
     monkeypatch.setattr("train.imprint._WIDEST_COVARIANCE", WIDTH - wide)
     rng = np.random.default_rng(0)
     texts, counts = task(rng)
     texts.x[:] = texts.x @ rng.standard_normal((WIDTH, WIDTH)).astype(np.float32)
+    connectivity, _, stays = connectivity.partition(" ")
     head = head_of(connectivity, dtype, rng)
     before = [{name: buffer.copy() for name, buffer in block.buffers.items()} for block in head.blocks]
-    imprint(head, texts, counts)
+    imprint(head, texts, counts, choose_shared=not stays)
     head.validate()
 
     covariance = np.cov(texts.x.T.astype(np.float64), bias=True)
@@ -93,6 +94,8 @@ def test_a_label_starts_as_the_discriminant_of_its_texts(connectivity, dtype, wi
             if label not in known:
                 assert (block.values[group, :, place] == old["values"][group, :, place]).all()
                 continue
+            if stays and block.indices is not None:
+                read = old["indices"][group]
             if block.indices is not None:
                 assert (block.indices[(group, slice(None), place)[: block.indices.ndim]] == read).all()
             expected = weights[label][read]
@@ -104,10 +107,10 @@ def test_a_label_starts_as_the_discriminant_of_its_texts(connectivity, dtype, wi
 def test_labels_in_several_passes_come_to_the_same(numbers, monkeypatch):
     texts, counts = task(np.random.default_rng(3))
     heads = [head_of("shared", "fp32", np.random.default_rng(4)) for _ in range(2)]
-    imprint(heads[0], texts, counts)
+    imprint(heads[0], texts, counts, choose_shared=True)
     monkeypatch.setattr("train.imprint._NUMBERS_AT_ONCE", numbers)
     monkeypatch.setattr("train.imprint._SUMS_AT_ONCE", numbers)
-    imprint(heads[1], texts, counts)
+    imprint(heads[1], texts, counts, choose_shared=True)
     for one, other in zip(heads[0].blocks, heads[1].blocks, strict=True):
         for name, buffer in one.buffers.items():
             np.testing.assert_allclose(other.buffers[name], buffer, rtol=1e-5, atol=1e-7)
@@ -127,7 +130,7 @@ def test_labels_read_what_tells_them_apart(connectivity):
     texts.x[:, -1] *= 100
     head = head_of(connectivity, "fp32", rng)
     block, before = head.blocks[1], head.blocks[1].indices.copy()
-    imprint(head, texts, counts)
+    imprint(head, texts, counts, choose_shared=True)
     head.validate()
     if connectivity == "shared":
         assert not np.isin(block.indices, np.arange(telling, WIDTH - 1)).any()
@@ -138,6 +141,18 @@ def test_labels_read_what_tells_them_apart(connectivity):
             assert set(told[label]) <= set(read)
         elif label < 0 or not counts[label]:
             assert (read == before[group, :, place]).all()
+
+
+def test_a_group_whose_inputs_say_nothing_keeps_its_weights():
+    rng = np.random.default_rng(6)
+    texts, counts = task(rng)
+    head = head_of("shared", "fp32", rng)
+    block = head.blocks[1]
+    texts.x[:, block.indices[0]] = 0
+    before = block.values.copy()
+    imprint(head, texts, counts, choose_shared=False)
+    assert (block.values[0] == before[0]).all()
+    head.validate()
 
 
 def test_what_several_inputs_say_is_said_once():
@@ -151,7 +166,7 @@ def test_what_several_inputs_say_is_said_once():
     texts.x[rows, :12] += 1
     texts.x[rows, 12:14] += 0.8
     head = head_of("private", "fp32", rng)
-    imprint(head, texts, counts)
+    imprint(head, texts, counts, choose_shared=True)
     block_of, slot_of = head.slots()
     group, place = divmod(int(slot_of[label]), 16)
     assert block_of[label] == 1
@@ -167,7 +182,7 @@ def test_texts_that_say_nothing_leave_the_weights(connectivity):
     texts.x[:] = 0
     head = head_of(connectivity, "fp32", rng)
     before = [{name: buffer.copy() for name, buffer in block.buffers.items()} for block in head.blocks]
-    imprint(head, texts, counts)
+    imprint(head, texts, counts, choose_shared=True)
     for block, old in zip(head.blocks, before, strict=True):
         assert all((buffer == old[name]).all() for name, buffer in block.buffers.items())
 
