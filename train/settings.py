@@ -190,8 +190,8 @@ class Settings:
     )
     head_init: Literal["random", "imprinted"] = _head(
         "random",
-        "first weights of a label: random, or the mean embedding of its training texts by the encoder as it is at first; "
-        "a private label then reads the inputs that tell it from others",
+        "first weights of a label: random, or what tells its training texts from others by the encoder as it is at first; "
+        "private labels, and groups behind a pretrained encoder, then read the inputs that they would miss most",
         choices=("random", "imprinted"),
     )
     loss: Loss = _head("bce", "loss of each label", choices=("bce", "squared_hinge"))
