@@ -27,7 +27,7 @@ DATA, RUN, BUNDLE = FOLDER / "data", FOLDER / "run", FOLDER / "bundle"
 # learns from so little more than a transformer does. `python -m train --help` says what each flag means.
 TRAINING = """
     --encoder small --small-layers 0 --small-width 256 --max-length 32 --intermediate 0
-    --connectivity shared --fan-in 64 --dense-labels 2% --weight-positives
+    --connectivity shared --fan-in 64 --dense-labels 2% --head-init imprinted --weight-positives
     --epochs 10 --encoder-lr 1e-2 --head-lr 3e-3 --eval-every 10
 """
 QUESTIONS = [

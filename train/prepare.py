@@ -87,7 +87,7 @@ def prepare(settings: Settings, run: Run) -> Trainer:
         with stages("imprinting"):  # what a pretrained encoder made of the texts is in the cache, the grouping needed it
             known = settings.encoder != "small"
             texts = PooledInputs(encoder, splits["train"], cache, "train") if known else inputs["train"]
-            imprint(head, texts, counts, choose_shared=known)  # of random word vectors' sums any are as good
+            imprint(head, texts, counts, choose_shared=known)  # a new one's groups do better with random inputs
     weights = inverse_propensities(counts, len(splits["train"]), a=settings.propensity_a, b=settings.propensity_b)
     evaluations = {name: each for name, each in inputs.items() if name != "train"}
     positive_weights = weights.astype(np.float32) if settings.weight_positives else None
