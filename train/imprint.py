@@ -2,13 +2,13 @@
 
 A label's weights are w = A⁻¹ (m − m₀), A = S + σ²I: m is the mean of the head's inputs over the label's texts, m₀ that of all
 labels, S the covariance over all texts, σ² the mean variance. This is linear discriminant analysis with its covariance drawn
-half-way to σ²I (Friedman 1989, "Regularized Discriminant Analysis", equation 18). Means alone would be imprinted weights (Qi,
-Brown and Lowe 2018, "Low-Shot Learning with Imprinted Weights", section 3), which count what several inputs say several times.
-With random weights a label has to learn what it is about from one text at a time, while the encoder moves.
+half-way to σ²I (Friedman 1989, "Regularized Discriminant Analysis"). Means alone would be imprinted weights (Qi, Brown and Lowe
+2018, "Low-Shot Learning with Imprinted Weights", section 3), which count what several inputs say several times. With random
+weights a label has to learn what it is about from one text at a time, while the encoder moves.
 
 Where labels read K of the inputs, the others are those they miss least: with the smallest w² / (A⁻¹)ᵢᵢ, the loss of fit when
-the rest makes up for input i (Hassibi and Stork 1992, "Second Order Derivatives for Network Pruning: Optimal Brain Surgeon",
-equation 5).
+the rest makes up for input i (Hassibi and Stork 1992, "Second order derivatives for network pruning: Optimal Brain Surgeon",
+section 2).
 
 Dimensions: B texts of a batch, n labels, L labels in all, D the head's width, K fan-in, N groups, G group size.
 """
@@ -28,7 +28,7 @@ from train.batches import batches_by_length
 from train.inputs import Inputs
 
 _TEXTS_AT_ONCE = 128
-_TEXTS_OF_MOMENTS = 100_000  # more hardly change them
+_TEXTS_OF_MOMENTS = 100_000  # evenly spaced, where there are more
 _WIDEST_COVARIANCE = 4096  # D² numbers, D³ operations; inputs of a wider head are taken for uncorrelated
 _NUMBERS_AT_ONCE = 1 << 22
 _SUMS_AT_ONCE = 1 << 29  # numbers, 2 GiB
