@@ -35,12 +35,17 @@ def task(rng: np.random.Generator) -> tuple[Vectors, np.ndarray]:
     """Texts with 0 to 4 labels, of which the last five never occur and the one before has a single text; its counts."""
     labels = [np.sort(rng.choice(LABELS - 6, rng.integers(0, 5), replace=False)) for _ in range(TEXTS)]
     labels[7] = np.append(labels[7], LABELS - 6)
+    x = (rng.standard_normal((TEXTS, WIDTH)) + 3).astype(np.float32)
+    return vectors(x, labels, rng.integers(1, 9, TEXTS))
+
+
+def vectors(x: np.ndarray, labels: list[np.ndarray], lengths: np.ndarray) -> tuple[Vectors, np.ndarray]:
+    """Texts of these embeddings, labels and lengths, and how many each label has."""
     starts = np.cumsum([0, *map(len, labels)])
     flat = np.concatenate(labels).astype(np.int32)
-    none = np.zeros(TEXTS + 1, np.int64)
+    none = np.zeros(len(x) + 1, np.int64)
     split = Split("", np.empty(0, np.int32), none, flat, starts, np.empty(0, np.int32), none)
-    x = (rng.standard_normal((TEXTS, WIDTH)) + 3).astype(np.float32)
-    return Vectors(x, split, rng.integers(1, 9, TEXTS)), np.bincount(flat, minlength=LABELS)
+    return Vectors(x, split, lengths), np.bincount(flat, minlength=LABELS)
 
 
 def head_of(connectivity: str, dtype: str, rng: np.random.Generator) -> Head:
@@ -114,6 +119,23 @@ def test_labels_in_several_passes_come_to_the_same(numbers, monkeypatch):
     for one, other in zip(heads[0].blocks, heads[1].blocks, strict=True):
         for name, buffer in one.buffers.items():
             np.testing.assert_allclose(other.buffers[name], buffer, rtol=1e-5, atol=1e-7)
+
+
+def test_of_many_texts_some_say_how_inputs_vary(monkeypatch):
+    """Every fourth, where each text occurs four times: the weights are those of each text once."""
+    texts, counts = task(np.random.default_rng(7))
+    labels = [of_text for of_text in texts.split.labels_of(np.arange(TEXTS)) for _ in range(4)]
+    many = vectors(np.repeat(texts.x, 4, axis=0), labels, np.repeat(texts.lengths, 4))
+    heads = [head_of("private", "fp32", np.random.default_rng(8)) for _ in range(2)]
+    imprint(heads[0], texts, counts, choose_shared=True)
+    monkeypatch.setattr("train.imprint._TEXTS_OF_MOMENTS", TEXTS + 1)
+    embedded: list[int] = []
+    monkeypatch.setattr(Vectors, "embed", lambda self, rows: embedded.append(len(rows)) or torch.from_numpy(self.x[rows]))
+    imprint(heads[1], *many, choose_shared=True)
+    assert sum(embedded) == TEXTS + 4 * TEXTS
+    for one, other in zip(heads[0].blocks, heads[1].blocks, strict=True):
+        for name, buffer in one.buffers.items():
+            np.testing.assert_allclose(other.buffers[name], buffer, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("connectivity", ["shared", "private"])
