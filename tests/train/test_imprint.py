@@ -69,7 +69,7 @@ def means_of(texts: Vectors) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("connectivity", ["dense", "shared", "shared as it is", "private"])
 def test_a_label_starts_as_the_discriminant_of_its_texts(connectivity, dtype, wide, monkeypatch):
-    """At the inputs that move its scores most, or those of its group; a wide head takes inputs for uncorrelated."""
+    """At the inputs that it or, where they choose, its group would miss most; a wide head takes inputs for uncorrelated."""
     monkeypatch.setattr("train.imprint._WIDEST_COVARIANCE", WIDTH - wide)
     rng = np.random.default_rng(0)
     texts, counts = task(rng)
