@@ -162,7 +162,7 @@ def test_groups_of_a_run_hold_similar_labels(tmp_path, minilm_path, encoder: str
     mixed = {}
     for grouping in ("similarity", "frequency"):
         out = tmp_path / grouping
-        flags = ["--encoder", str(minilm_path)] if encoder == "pretrained" else []
+        flags = ["--encoder", str(minilm_path), "--freeze-encoder"] if encoder == "pretrained" else []
         assert run(data, out, *QUICK, *flags, "--epochs", "1", "--dense-labels", "0", "--grouping", grouping) == 0
         (block,) = load_head(max((out / "checkpoints").iterdir()) / "head.safetensors").blocks
         mixed[grouping] = sum(len(set(world[group])) - 1 for group in block.label_ids)
