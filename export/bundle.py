@@ -24,7 +24,7 @@ from numpy.lib.format import open_memmap
 
 from export.labels import LABEL_FILES, LabelTable, write_labels
 from export.manifest import MANIFEST, BlockLayout, BundleError, FileFacts, Manifest
-from models.files import flush, flush_folder
+from models.files import flush, flush_folder, write_array, writing
 from models.head import Block, Head, HeadError
 
 __all__ = ["Bundle", "BundleError", "Manifest", "check_target", "open_bundle", "write_bundle"]
@@ -161,20 +161,21 @@ def _new_folder(path: Path, force: bool) -> Iterator[Path]:
     folder, old = (path.with_name(f".{path.name}.{secrets.token_hex(4)}.{state}") for state in ("partial", "old"))
     folder.mkdir(parents=True)
     try:
-        yield folder
-        flush_folder(folder)
-        if path.exists():
-            path.rename(old)
-            try:
+        with writing(path):
+            yield folder
+            flush_folder(folder)
+            if path.exists():
+                path.rename(old)
+                try:
+                    folder.rename(path)
+                except OSError:
+                    old.rename(path)
+                    raise
+                flush(path.parent)
+                shutil.rmtree(old)
+            else:
                 folder.rename(path)
-            except OSError:
-                old.rename(path)
-                raise
-            flush(path.parent)
-            shutil.rmtree(old)
-        else:
-            folder.rename(path)
-            flush(path.parent)
+                flush(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -185,9 +186,9 @@ def _write_head(folder: Path, head: Head) -> tuple[BlockLayout, ...]:
     for i, block in enumerate(head.blocks):
         files = {buffer: f"head/{i}.{buffer}.npy" for buffer in block.buffers}
         for buffer, array in block.buffers.items():
-            np.save(folder / files[buffer], array)
+            write_array(folder / files[buffer], array)
         layouts.append(BlockLayout(block.connectivity, block.dtype, block.groups, block.fan_in, block.group_size, files))
-    np.save(folder / PLACES, head.places())
+    write_array(folder / PLACES, head.places())
     return tuple(layouts)
 
 

@@ -14,10 +14,12 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import ENOSPC
 from pathlib import Path
 
 import onnx
 import torch
+from google.protobuf.message import DecodeError
 from onnx_ir.passes import Sequential
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, NameFixPass
 from tokenizers import Tokenizer
@@ -88,16 +90,19 @@ def _quantize(whole: Path, path: Path, external: bool) -> None:
     del model.graph.value_info[:]  # the quantizer transposes weights and stumbles over their shapes there
     onnx.save(model, whole)
     with _quiet("root"):
-        quantize_dynamic(
-            whole,
-            path,
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            reduce_range=True,
-            weight_type=QuantType.QInt8,
-            use_external_data_format=external,
-            extra_options={"MatMulConstBOnly": True},
-        )
+        try:
+            quantize_dynamic(
+                whole,
+                path,
+                op_types_to_quantize=["MatMul"],
+                per_channel=True,
+                reduce_range=True,
+                weight_type=QuantType.QInt8,
+                use_external_data_format=external,
+                extra_options={"MatMulConstBOnly": True},
+            )
+        except DecodeError as error:  # onnx writes a file for the quantizer and does not say when it finds no room
+            raise OSError(ENOSPC, "a file that the quantizer reads was cut short; is the disk full?") from error
 
 
 def export_tokenizer(encoder: Encoder) -> str:

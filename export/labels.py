@@ -23,6 +23,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from export.manifest import BundleError
+from models.files import write_array
 
 _COLUMNS = ("ids", "names", "folded")
 INDEX, ORDER = "ids.index.npy", "folded.order.npy"
@@ -128,15 +129,15 @@ def write_labels(folder: Path, labels: Iterable[tuple[str, str]]) -> int:
                 ends[column].append(ends[column][-1] + files[column].write(data))
             hashes.append(_hash(row[0]))
     for column in _COLUMNS:
-        np.save(folder / f"{column}.offsets.npy", np.frombuffer(ends[column], dtype=np.int64))
+        write_array(folder / f"{column}.offsets.npy", np.frombuffer(ends[column], dtype=np.int64))
     del ends
     count = len(hashes)
     shift = np.uint64(_label_bits(count))
     index = np.frombuffer(hashes, dtype=np.uint64) >> shift << shift | np.arange(count, dtype=np.uint64)
     index.sort()
-    np.save(folder / INDEX, index)
+    write_array(folder / INDEX, index)
     del index, hashes
-    np.save(folder / ORDER, _sorted(Column(folder, "folded", count)))
+    write_array(folder / ORDER, _sorted(Column(folder, "folded", count)))
     return count
 
 

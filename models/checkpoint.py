@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from models.head import Block, Head, HeadError
@@ -26,6 +30,18 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+@contextmanager
+def saving() -> Iterator[None]:
+    """Where safetensors writes a file: what the disk refuses is an OSError, where it would raise a type of its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+
+
 def save_head(head: Head, path: Path) -> None:
     """Writes the head's buffers as "<block>.<buffer>"; the layout stands in the file's metadata."""
     tensors = {}
@@ -37,7 +53,8 @@ def save_head(head: Head, path: Path) -> None:
             tensors[f"{i}.{name}"] = tensor
     blocks = [{"connectivity": block.connectivity, "dtype": block.dtype} for block in head.blocks]
     layout = {"width": head.width, "labels": head.n_labels, "blocks": blocks}
-    save_file(tensors, path, metadata={_LAYOUT: json.dumps(layout)})
+    with saving():
+        save_file(tensors, path, metadata={_LAYOUT: json.dumps(layout)})
 
 
 def load_head(path: Path) -> Head:

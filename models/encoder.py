@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedModel
 
 from models.bag_of_words import BagOfWords, BagOfWordsConfig
+from models.checkpoint import saving
 from models.wordpiece import PAD_ID, learn_wordpiece
 
 Pooling = Literal["cls", "mean", "last"]
@@ -238,8 +239,9 @@ class Encoder(nn.Module):
         """Writes config.json, model.safetensors, tokenizer.json and encoder.json into `folder`, which is made if absent."""
         folder.mkdir(parents=True, exist_ok=True)
         self.transformer.config.save_pretrained(folder)
-        save_model(self, str(folder / _WEIGHTS))
-        self.tokenizer.save(str(folder / _TOKENIZER))
+        with saving():
+            save_model(self, str(folder / _WEIGHTS))
+        (folder / _TOKENIZER).write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
         widths = {"pad_id": self.pad_id, "embedding_width": self.embedding_width, "width": self.width}
         settings = asdict(self.config) | widths
         (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

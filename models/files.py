@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, whatever moment the process dies at."""
+"""Files and folders that are whole or absent, whatever moment the process dies at, and errors that say which had no room."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Where `path` is written: an OSError names it, or a file in it. Python's own names none when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager
@@ -19,14 +32,15 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     temporary = _hidden(target)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
-        flush_folder(temporary)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-        flush(target.parent)
+        with writing(target):
+            yield temporary
+            flush_folder(temporary)
+            try:
+                temporary.rename(target)
+            except OSError:
+                if not target.is_dir():
+                    raise
+            flush(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -34,10 +48,28 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Writes a whole file in place of an older one, atomically."""
     temporary = _hidden(path)
-    temporary.write_text(text, encoding="utf-8")
-    flush(temporary)
-    temporary.rename(path)
-    flush(path.parent)
+    try:
+        with writing(path):
+            temporary.write_text(text, encoding="utf-8")
+            flush(temporary)
+            temporary.rename(path)
+            flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Writes an array of one or more dimensions in numpy's format. On a full disk numpy.save may lose the last 4 KiB unsaid."""
+    array = np.ascontiguousarray(array)
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
+
+
+def reserve(path: Path, size: int) -> None:
+    """Makes a file of `size` bytes that has its room on the disk: a mapped page that finds none would kill the process."""
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def remove_folder(path: Path) -> None:

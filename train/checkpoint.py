@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.checkpoint import checkpoints_in, load_head, save_head
+from models.checkpoint import checkpoints_in, load_head, save_head, saving
 from models.encoder import Encoder
 from models.files import atomic_folder, remove_folder, remove_leftovers, write_text
 from models.head import Head
@@ -68,7 +68,8 @@ def save(state: State, checkpoints: Path, keep: int) -> Path:
         with atomic_folder(target) as folder:
             state.encoder.save(folder / "encoder")
             save_head(state.training.head, folder / "head.safetensors")
-            save_file(_tensors(state), folder / "trainer.safetensors")
+            with saving():
+                save_file(_tensors(state), folder / "trainer.safetensors")
             _write_progress(state.progress, folder)
     for old in checkpoints_in(checkpoints)[:-keep]:
         remove_folder(old)

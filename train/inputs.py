@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.encoder import Encoder
-from models.files import atomic_folder
+from models.files import atomic_folder, reserve
 from train.batches import batches_by_length
 from train.tokens import Split
 
@@ -63,7 +63,9 @@ def pooled_embeddings(encoder: Encoder, split: Split, cache: Path, name: str) ->
     shape = (len(split), encoder.embedding_width)
     if not folder.is_dir():
         with atomic_folder(folder) as temporary:
-            out = np.memmap(temporary / "pooled.bin", np.float32, "w+", shape=shape)
+            file = temporary / "pooled.bin"
+            reserve(file, 4 * shape[0] * shape[1])
+            out = np.memmap(file, np.float32, "r+", shape=shape)
             embed_texts(encoder, split, out, name)
             out.flush()
     return np.memmap(folder / "pooled.bin", np.float32, "r", shape=shape)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from models.files import leftovers, write_text
+from models.files import leftovers, write_text, writing
 from train.data import Labels
 from train.settings import SettingsError
 
@@ -46,7 +46,7 @@ class Log:
         self._followers.append(follower)
 
     def write(self, row: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for follower in self._followers:
             follower(row)

@@ -126,14 +126,14 @@ def _write(
         texts = data.texts(name, labels)
         while rows := list(islice(texts, _TEXTS_AT_ONCE)):
             for tokens in tokenize([text for text, _ in rows]):
-                np.array(tokens, dtype=np.int32).tofile(tokens_file)
+                tokens_file.write(np.array(tokens, dtype=np.int32).data)
                 token_lengths.append(len(tokens))
             for _, positions in rows:
-                positions.tofile(labels_file)
+                labels_file.write(positions.data)
                 label_lengths.append(len(positions))
             bar.update(len(rows))
-    np.cumsum(token_lengths, dtype=np.int64).tofile(folder / "token_starts.bin")
-    np.cumsum(label_lengths, dtype=np.int64).tofile(folder / "label_starts.bin")
+    (folder / "token_starts.bin").write_bytes(np.cumsum(token_lengths, dtype=np.int64).data)
+    (folder / "label_starts.bin").write_bytes(np.cumsum(label_lengths, dtype=np.int64).data)
     pairs = data.filtered(name, labels)
-    pairs.labels.tofile(folder / "filtered.bin")
-    pairs.starts(len(label_lengths) - 1).tofile(folder / "filtered_starts.bin")
+    (folder / "filtered.bin").write_bytes(pairs.labels.data)
+    (folder / "filtered_starts.bin").write_bytes(pairs.starts(len(label_lengths) - 1).data)

@@ -23,6 +23,7 @@ from models.checkpoint import load_head, save_head
 from models.encoder import Encoder
 from models.head import Block, Head
 from tests.export.conftest import LABELS, WIDTH, mixed_head
+from tests.limits import no_file_beyond
 
 pytestmark = pytest.mark.slow
 CHECKPOINT = "checkpoints/step-00000020"
@@ -156,7 +157,6 @@ def test_a_bundle_that_answers_otherwise_is_not_kept(
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.usefixtures("quick")
 def test_the_encoder_for_torch_is_that_of_the_checkpoint(run_folder: Path, tmp_path: Path) -> None:
     assert main([str(run_folder), "--out", str(tmp_path / "with"), "--torch-encoder"]) == 0
     assert main([str(run_folder), "--out", str(tmp_path / "without")]) == 0
@@ -169,6 +169,7 @@ def test_the_encoder_for_torch_is_that_of_the_checkpoint(run_folder: Path, tmp_p
     assert open_bundle(tmp_path / "without").torch_encoder is None
 
 
+@pytest.mark.usefixtures("quick")
 def test_force_replaces_a_bundle(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "b"
     assert main([str(run_folder), "--out", str(out), "--name", "old"]) == 0
@@ -177,6 +178,37 @@ def test_force_replaces_a_bundle(run_folder: Path, tmp_path: Path, capsys: pytes
     assert open_bundle(out).manifest.name == "old"
     assert main([str(run_folder), "--out", str(out), "--name", "new", "--force"]) == 0
     assert open_bundle(out).manifest.name == "new"
+
+
+@pytest.mark.parametrize("file", ["head/1.values.npy", "encoder.onnx"])
+def test_a_full_disk_is_one_clear_error_and_the_older_bundle_stays(
+    run_folder: Path, tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "b"
+    command = [str(run_folder), "--out", str(out)]
+    assert main(command) == 0
+    before, size = open_bundle(out).hash, (out / file).stat().st_size
+    capsys.readouterr()
+    with no_file_beyond(size - 1):
+        assert main([*command, "--force"]) == 2
+    assert capsys.readouterr().err == f"python -m export: error: [Errno 27] File too large: '{out}'\n"
+    assert open_bundle(out).hash == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_file_that_onnx_cut_short_for_the_quantizer_is_an_error(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a full disk onnx writes what fits and says nothing."""
+
+    def cut_short(source: str, target: str) -> None:
+        whole = Path(source).read_bytes()
+        Path(target).write_bytes(whole[: len(whole) // 2])
+
+    monkeypatch.setattr("onnx.shape_inference.infer_shapes_path", cut_short)
+    assert main([str(run_folder), "--out", str(tmp_path / "b"), "--encoder-dtype", "int8"]) == 2
+    assert f"cut short; is the disk full?: '{tmp_path / 'b'}'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_leaves_nothing(
