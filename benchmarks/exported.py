@@ -11,15 +11,13 @@ from export.convert import convert_values
 from models import kernels
 from models.kernels import cpu
 from train import checkpoint
-from train.data import Dataset
 from train.evaluation import evaluate
 from train.inputs import TextInputs
 from train.interrupt import Interrupt
-from train.metrics import Meter, inverse_propensities
-from train.prepare import read_splits
+from train.metrics import Meter
+from train.prepare import dataset, label_texts, read_splits
 from train.runs import Run
 from train.settings import resumed
-from train.tokens import label_counts
 
 
 def metrics_on_test(run: Path, dtype: str) -> tuple[dict[str, float], int]:
@@ -34,12 +32,11 @@ def metrics_on_test(run: Path, dtype: str) -> tuple[dict[str, float], int]:
     cpu.set_threads(threads)
     encoder, trained, _ = checkpoint.load_model(folder)
     head = convert_values(trained, dtype)
-    data = Dataset(Path(settings.data), titles_only=settings.titles_only)
+    data = dataset(settings)
     labels = data.labels()
     cache = Path(settings.cache) if settings.cache else run / "cache"
     splits = read_splits(settings, data, labels, data.hashes(), encoder, cache)
-    counts = label_counts(splits["train"], labels)
-    weights = inverse_propensities(counts, len(splits["train"]), a=settings.propensity_a, b=settings.propensity_b)
+    counts, weights = label_texts(settings, splits["train"], labels)
     meter, screens = Meter(weights, counts), kernels.screen(head)
 
     def topk(x: torch.Tensor, k: int) -> Any:

@@ -76,8 +76,8 @@ def test_what_is_imported_is_required(package: str, extra: str) -> None:
     project = PROJECT["project"]
     extras = [line for name in extra.split(",") for line in project["optional-dependencies"][name]]
     required = {canonicalize_name(Requirement(line).name) for line in project["dependencies"] + extras}
-    part_of_another = {"pydantic", "pydantic-core", "starlette", "googleapis-common-protos"}  # fastapi's parts; named as protobuf
-    missing = imported(package) - required - part_of_another
+    missing = imported(package) - required - {"pydantic", "pydantic-core", "starlette"}  # fastapi is made of them
+    missing -= {"googleapis-common-protos"}  # another package of the name google, which is protobuf's
     assert {name for name in missing if not name.startswith("opentelemetry-")} == set()  # imported only when it is switched on
 
 

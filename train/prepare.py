@@ -50,7 +50,7 @@ def prepare(settings: Settings, run: Run) -> Trainer:
 
     stages = Stages(device)
     with stages("reading"):
-        data = Dataset(Path(settings.data), titles_only=settings.titles_only)
+        data = dataset(settings)
         hashes = data.hashes()
         _check_unchanged(run, hashes)
         labels = data.labels()
@@ -73,6 +73,7 @@ def prepare(settings: Settings, run: Run) -> Trainer:
     with stages("tokenization"):
         splits = read_splits(settings, data, labels, hashes, encoder, cache)
         counts = label_counts(splits["train"], labels)
+        texts_of, weights = label_texts(settings, splits["train"], labels)
     if head is None:
         with stages("grouping"):
             order = new_order(settings, encoder, splits["train"], labels, cache)
@@ -88,13 +89,12 @@ def prepare(settings: Settings, run: Run) -> Trainer:
             known = settings.encoder != "small"
             texts = PooledInputs(encoder, splits["train"], cache, "train") if known else inputs["train"]
             imprint(head, texts, counts, choose_shared=known)  # a new one's groups do better with random inputs
-    weights = inverse_propensities(counts, len(splits["train"]), a=settings.propensity_a, b=settings.propensity_b)
     evaluations = {name: each for name, each in inputs.items() if name != "train"}
     positive_weights = weights.astype(np.float32) if settings.weight_positives else None
     steps = settings.steps(len(splits["train"]))
     training = HeadTraining(head, settings, steps, positive_weights, compute_on(device))
     trainer = Trainer(
-        settings, encoder, training, inputs["train"], evaluations, counts, weights, run.checkpoints, run.log, stages
+        settings, encoder, training, inputs["train"], evaluations, texts_of, weights, run.checkpoints, run.log, stages
     )
     if folder is not None:
         with _naming_an_older_one(folder):
@@ -125,15 +125,26 @@ def prepare(settings: Settings, run: Run) -> Trainer:
     return trainer
 
 
+def dataset(settings: Settings) -> Dataset:
+    """The data that the settings name. DataError."""
+    return Dataset(Path(settings.data), titles_only=settings.titles_only, train_on_names=settings.train_on_names)
+
+
+def label_texts(settings: Settings, train: Split, labels: Labels) -> tuple[np.ndarray, np.ndarray]:
+    """The texts of each label, its name not among them, int64 [L], and its weight in PSP@k, fp64 [L]."""
+    counts = label_counts(train, labels) - (train.names > 0)
+    weights = inverse_propensities(counts, len(train) - train.names, a=settings.propensity_a, b=settings.propensity_b)
+    return counts, weights
+
+
 def read_splits(
     settings: Settings, data: Dataset, labels: Labels, hashes: dict[str, str], encoder: Encoder, cache: Path
 ) -> dict[str, Split]:
     """All splits of `data` as the encoder's tokens, by name, from `cache` where they are there. `hashes` are the data's."""
     reading = [f"titles only: {settings.titles_only}", f"{settings.max_length} {encoder.tokenizer.to_str()}"]
-    return {
-        name: load_split(data, name, labels, [hashes[name], hashes["labels"], *reading], encoder.tokenize, cache)
-        for name in data.splits
-    }
+    sources = {name: [hashes[name], hashes["labels"], *reading] for name in data.splits}
+    sources["train"].append(f"names: {settings.train_on_names}")
+    return {name: load_split(data, name, labels, sources[name], encoder.tokenize, cache) for name in data.splits}
 
 
 @contextmanager
@@ -184,7 +195,8 @@ def _heldout(data: Dataset, split: str, labels: Labels, n_texts: int) -> list[di
 def _counts(split: Split) -> dict[str, int]:
     label_lengths = np.diff(split.label_starts)
     return {
-        "texts": len(split),
+        "texts": len(split) - split.names,
+        "names": split.names,
         "texts_without_labels": int((label_lengths == 0).sum()),
         "tokens": len(split.tokens),
         "positives": len(split.labels),

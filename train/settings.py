@@ -118,6 +118,11 @@ class Settings:
         free=True,
     )
     titles_only: bool = _files(False, "label-feature JSON: a text is its title alone, as in the LF-...Titles sets")
+    train_on_names: bool = _files(
+        False,
+        "each label's name is one more text to train on, with that label; where names say what texts of a label are about, "
+        "this helps rare labels most",
+    )
     out: str = _files("", "run directory to make: settings, metrics, checkpoints", unit="RUN", free=True)
     cache: str | None = _files(
         None, "folder of cached tokens and embeddings, which runs may share (default: RUN/cache)", unit="DIR", free=True

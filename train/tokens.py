@@ -31,6 +31,7 @@ class Split:
 
     tokens int32, token_starts int64 [n + 1], labels int32 positions ascending within a text, label_starts int64 [n + 1].
     filtered int32 and filtered_starts int64 [n + 1] are the labels that count as neither right nor wrong, ascending.
+    The last `names` of the texts are the names of all labels, if training is on names too, else it is 0.
     `key` names the contents: equal keys mean equal texts, labels and tokens.
     """
 
@@ -41,6 +42,7 @@ class Split:
     label_starts: np.ndarray
     filtered: np.ndarray
     filtered_starts: np.ndarray
+    names: int = 0
 
     @classmethod
     def of_tokens(cls, texts: Sequence[Sequence[int]]) -> Split:
@@ -95,7 +97,9 @@ def load_split(
         with atomic_folder(folder) as temporary:
             _write(temporary, data, name, labels, tokenize)
     try:
-        split = Split(key, **{array: _map(folder / f"{array}.bin", dtype) for array, dtype in _DTYPES.items()})
+        names = len(labels) if data.train_on_names and name == "train" else 0
+        arrays = {array: _map(folder / f"{array}.bin", dtype) for array, dtype in _DTYPES.items()}
+        split = Split(key, names=names, **arrays)
         ends = (split.token_starts[-1], split.label_starts[-1], split.filtered_starts[-1])
         whole = ends == (len(split.tokens), len(split.labels), len(split.filtered))
     except (OSError, ValueError, IndexError):
@@ -106,7 +110,7 @@ def load_split(
 
 
 def label_counts(split: Split, labels: Labels) -> np.ndarray:
-    """Texts per label, int64 [L]."""
+    """Texts per label, int64 [L]; its name is one, if training is on names too."""
     return np.bincount(split.labels, minlength=len(labels))
 
 

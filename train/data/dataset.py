@@ -27,9 +27,13 @@ class Dataset:
     which no text has a label is an error.
     """
 
-    def __init__(self, folder: Path, *, titles_only: bool = False) -> None:
-        """DataError when the format is not clear, or files are missing. `titles_only`: see LabelFeatures."""
+    def __init__(self, folder: Path, *, titles_only: bool = False, train_on_names: bool = False) -> None:
+        """DataError when the format is not clear, or files are missing. `titles_only`: see LabelFeatures.
+
+        With `train_on_names`, the texts to train on are followed by each label's name as a text of that label.
+        """
         self.folder = folder
+        self.train_on_names = train_on_names
         self._format = _recognise(folder, titles_only)
         self.format = self._format.title
         self.splits: list[str] = [split for split in ("train", "dev", "test") if split in self._format.files]
@@ -57,7 +61,10 @@ class Dataset:
         return read_filter(path, len(labels)) if path else no_filter()
 
     def texts(self, split: str, labels: Labels) -> Iterator[tuple[str, np.ndarray]]:
-        """Each text with its labels: (text, distinct label positions, int32 ascending). Filtered pairs are left out."""
+        """Each text with its labels: (text, distinct label positions, int32 ascending). Filtered pairs are left out.
+
+        With `train_on_names`, "train" goes on with the labels' names, in label order.
+        """
         pairs = self.filtered(split, labels)
         count = labelled = 0
         for text, found in self._format.texts(split, labels):
@@ -74,6 +81,9 @@ class Dataset:
             check_texts(self._filters[split], pairs, count)
         if not labelled:
             raise DataError(f"{first}: none of its {count} texts has a label")
+        if self.train_on_names and split == "train":
+            for position, name in enumerate(labels.names):
+                yield name, np.array([position], dtype=np.int32)
 
 
 def _recognise(folder: Path, titles_only: bool) -> Format:
