@@ -15,7 +15,7 @@ from train.evaluation import evaluate
 from train.inputs import TextInputs
 from train.interrupt import Interrupt
 from train.metrics import Meter
-from train.prepare import dataset, label_texts, read_splits
+from train.prepare import counts_and_weights, dataset, read_splits
 from train.runs import Run
 from train.settings import resumed
 
@@ -36,7 +36,7 @@ def metrics_on_test(run: Path, dtype: str) -> tuple[dict[str, float], int]:
     labels = data.labels()
     cache = Path(settings.cache) if settings.cache else run / "cache"
     splits = read_splits(settings, data, labels, data.hashes(), encoder, cache)
-    counts, weights = label_texts(settings, splits["train"], labels)
+    counts, weights = counts_and_weights(settings, splits["train"], labels)
     meter, screens = Meter(weights, counts), kernels.screen(head)
 
     def topk(x: torch.Tensor, k: int) -> Any:

@@ -159,9 +159,9 @@ def _new_folder(path: Path, force: bool) -> Iterator[Path]:
     check_target(path, force)
     path = path.resolve()
     folder, old = (path.with_name(f".{path.name}.{secrets.token_hex(4)}.{state}") for state in ("partial", "old"))
-    folder.mkdir(parents=True)
     try:
-        with writing(path):
+        with writing(path, folder):
+            folder.mkdir(parents=True)
             yield folder
             flush_folder(folder)
             if path.exists():

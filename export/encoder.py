@@ -89,6 +89,7 @@ def _quantize(whole: Path, path: Path, external: bool) -> None:
     model = onnx.load(whole, load_external_data=False)
     del model.graph.value_info[:]  # the quantizer transposes weights and stumbles over their shapes there
     onnx.save(model, whole)
+    before, tempfile.tempdir = tempfile.tempdir, str(whole.parent)  # for files of the quantizer's, as large as the model
     with _quiet("root"):
         try:
             quantize_dynamic(
@@ -103,6 +104,8 @@ def _quantize(whole: Path, path: Path, external: bool) -> None:
             )
         except DecodeError as error:  # onnx writes a file for the quantizer and does not say when it finds no room
             raise OSError(ENOSPC, "a file that the quantizer reads was cut short; is the disk full?") from error
+        finally:
+            tempfile.tempdir = before
 
 
 def export_tokenizer(encoder: Encoder) -> str:

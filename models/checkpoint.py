@@ -36,7 +36,7 @@ def saving() -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
+        found = re.search(r"(?:os error |code: )(\d+)", str(error))  # up to safetensors 0.5 it was the latter
         if found is None:
             raise
         raise OSError(int(found[1]), os.strerror(int(found[1]))) from error

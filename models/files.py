@@ -13,14 +13,20 @@ import numpy as np
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Where `path` is written: an OSError names it, or a file in it. Python's own names none when the disk is full."""
+def writing(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Where `path` is written, as `temporary` until it is whole: an OSError then names `path`.
+
+    Python's own names no file when the disk is full, and numpy's has no reason either.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        if error.errno is None:
+            raise OSError(f"{path}: {error}") from error
+        named = None if error.filename is None else Path(os.fsdecode(error.filename))
+        if named is None or (temporary is not None and named.is_relative_to(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 @contextmanager
@@ -30,9 +36,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     When another process made `target` meanwhile, its folder stays and this one is dropped.
     """
     temporary = _hidden(target)
-    temporary.mkdir(parents=True)
     try:
-        with writing(target):
+        with writing(target, temporary):
+            temporary.mkdir(parents=True)
             yield temporary
             flush_folder(temporary)
             try:
@@ -49,7 +55,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes a whole file in place of an older one, atomically."""
     temporary = _hidden(path)
     try:
-        with writing(path):
+        with writing(path, temporary):
             temporary.write_text(text, encoding="utf-8")
             flush(temporary)
             temporary.rename(path)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from export.bundle import BundleError
 from models.extras import missing
+from models.files import writing
 from serve.answers import Scores, prediction
 from serve.tokens import TextTokenizer
 
@@ -145,7 +146,7 @@ def _replacing(target: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise InputError(f"{target}: cannot be written: {error.strerror}") from error
     try:
-        with opened as file:
+        with writing(target), opened as file:
             if target.suffix == ".gz":
                 with gzip.open(file, "wb", compresslevel=6) as packed:
                     yield packed  # type: ignore[misc]

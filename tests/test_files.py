@@ -41,9 +41,25 @@ def test_a_folder_whose_files_have_no_room_is_named_and_not_there(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_reason_without_a_number_is_told_with_the_name(tmp_path):
+    target = tmp_path / "folder"
+    with pytest.raises(OSError, match=f"^{target}: 1024 requested and 0 written$"), atomic_folder(target):
+        raise OSError("1024 requested and 0 written")
+
+
+def test_an_unfinished_folder_is_called_by_its_later_name(tmp_path):
+    target = tmp_path / "folder"
+    with pytest.raises(FileNotFoundError, match=f"'{target}'"), atomic_folder(target) as folder:
+        (folder / "missing").read_text()
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(NotADirectoryError, match=f"'{file / 'folder'}'"), atomic_folder(file / "folder"):
+        pass
+
+
 def test_errors_of_its_own_pass_through_an_unfinished_folder(tmp_path):
-    with pytest.raises(OSError, match=r"^no such embedding$"), atomic_folder(tmp_path / "folder"):
-        raise OSError("no such embedding")
+    with pytest.raises(ValueError, match=r"^not a number$"), atomic_folder(tmp_path / "folder"):
+        raise ValueError("not a number")
     missing = tmp_path / "missing"
     with pytest.raises(FileNotFoundError, match=f"'{missing}'"), atomic_folder(tmp_path / "folder"):
         missing.read_text()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from models.extras import missing
@@ -49,14 +49,17 @@ def main(argv: list[str] | None = None) -> int:
         try:
             with closing(Events(out / "tensorboard", run.log)):
                 trainer.run()
-        finally:
-            report.write([out], out / "report.html")
+        except BaseException:
+            with suppress(report.ReportError, OSError):  # what stopped the run is what counts
+                report.write([out], out / "report.html")
+            raise
+        report.write([out], out / "report.html")
     # These two first: the others' names are not there when an import fails or is interrupted.
     except ImportError as error:
         return _fail(missing(error, "train"), 2)
     except KeyboardInterrupt:
         return _fail("stopped at once; if a checkpoint was saved before, --resume goes on from it", 130)
-    except (settings.SettingsError, DataError, EncoderError, HeadError, CheckpointError, OSError) as error:
+    except (settings.SettingsError, DataError, EncoderError, HeadError, CheckpointError, report.ReportError, OSError) as error:
         return _fail(str(error), 2)
     except OutOfMemoryError as error:
         reason = str(error).partition(". ")[0]

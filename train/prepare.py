@@ -73,7 +73,7 @@ def prepare(settings: Settings, run: Run) -> Trainer:
     with stages("tokenization"):
         splits = read_splits(settings, data, labels, hashes, encoder, cache)
         counts = label_counts(splits["train"], labels)
-        texts_of, weights = label_texts(settings, splits["train"], labels)
+        text_counts, weights = counts_and_weights(settings, splits["train"], labels)
     if head is None:
         with stages("grouping"):
             order = new_order(settings, encoder, splits["train"], labels, cache)
@@ -94,7 +94,7 @@ def prepare(settings: Settings, run: Run) -> Trainer:
     steps = settings.steps(len(splits["train"]))
     training = HeadTraining(head, settings, steps, positive_weights, compute_on(device))
     trainer = Trainer(
-        settings, encoder, training, inputs["train"], evaluations, texts_of, weights, run.checkpoints, run.log, stages
+        settings, encoder, training, inputs["train"], evaluations, text_counts, weights, run.checkpoints, run.log, stages
     )
     if folder is not None:
         with _naming_an_older_one(folder):
@@ -130,8 +130,8 @@ def dataset(settings: Settings) -> Dataset:
     return Dataset(Path(settings.data), titles_only=settings.titles_only, train_on_names=settings.train_on_names)
 
 
-def label_texts(settings: Settings, train: Split, labels: Labels) -> tuple[np.ndarray, np.ndarray]:
-    """The texts of each label, its name not among them, int64 [L], and its weight in PSP@k, fp64 [L]."""
+def counts_and_weights(settings: Settings, train: Split, labels: Labels) -> tuple[np.ndarray, np.ndarray]:
+    """What metrics go by: the texts of each label, its name not among them, int64 [L], and its weight in PSP@k, fp64 [L]."""
     counts = label_counts(train, labels) - (train.names > 0)
     weights = inverse_propensities(counts, len(train) - train.names, a=settings.propensity_a, b=settings.propensity_b)
     return counts, weights
@@ -143,7 +143,8 @@ def read_splits(
     """All splits of `data` as the encoder's tokens, by name, from `cache` where they are there. `hashes` are the data's."""
     reading = [f"titles only: {settings.titles_only}", f"{settings.max_length} {encoder.tokenizer.to_str()}"]
     sources = {name: [hashes[name], hashes["labels"], *reading] for name in data.splits}
-    sources["train"].append(f"names: {settings.train_on_names}")
+    if settings.train_on_names:
+        sources["train"].append("names")
     return {name: load_split(data, name, labels, sources[name], encoder.tokenize, cache) for name in data.splits}
 
 
@@ -193,15 +194,15 @@ def _heldout(data: Dataset, split: str, labels: Labels, n_texts: int) -> list[di
 
 
 def _counts(split: Split) -> dict[str, int]:
-    label_lengths = np.diff(split.label_starts)
+    """What config.json says of a split; names are neither texts nor positives there."""
+    texts = len(split) - split.names
     return {
-        "texts": len(split) - split.names,
-        "names": split.names,
-        "texts_without_labels": int((label_lengths == 0).sum()),
-        "tokens": len(split.tokens),
-        "positives": len(split.labels),
+        "texts": texts,
+        "texts_without_labels": int((np.diff(split.label_starts[: texts + 1]) == 0).sum()),
+        "tokens": int(split.token_starts[texts]),
+        "positives": int(split.label_starts[texts]),
         "filtered": len(split.filtered),
-    }
+    } | ({"names": split.names} if split.names else {})
 
 
 def _versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from models.files import writing
 from train.runs import Log
 
 _PLACES = {"block", "step", "epoch"}  # numbers that say where a row belongs
@@ -23,22 +24,26 @@ class Events:
     """
 
     def __init__(self, folder: Path, log: Log) -> None:
+        self._folder = folder
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        self._file = RecordWriter(str(folder / f"events.out.tfevents.{int(time.time()):010d}"))
-        self._write(Event(file_version="brain.Event:2"))
-        self._write(Event(session_log=SessionLog(status=SessionLog.START)))  # a viewer that is open drops what it had
-        for row in log.rows():
-            self._add(row)
-        self._file.flush()
+        with writing(folder):
+            folder.mkdir()
+            self._file = RecordWriter(str(folder / f"events.out.tfevents.{int(time.time()):010d}"))
+            self._write(Event(file_version="brain.Event:2"))
+            self._write(Event(session_log=SessionLog(status=SessionLog.START)))  # a viewer that is open drops what it had
+            for row in log.rows():
+                self._add(row)
+            self._file.flush()
         log.follow(self._follow)
 
     def close(self) -> None:
-        self._file.close()
+        with writing(self._folder):
+            self._file.close()
 
     def _follow(self, row: dict[str, Any]) -> None:
-        self._add(row)
-        self._file.flush()
+        with writing(self._folder):
+            self._add(row)
+            self._file.flush()
 
     def _add(self, row: dict[str, Any]) -> None:
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(row).items()]

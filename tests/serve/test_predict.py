@@ -14,6 +14,7 @@ import pytest
 from serve import predict as command
 from serve.engine import Engine
 from serve.predict import predict
+from tests.limits import no_file_beyond
 from tests.serve.harness import ROOT, TEXTS
 
 
@@ -110,6 +111,18 @@ def test_what_cannot_be_opened_is_named(bundle_path: Path, tmp_path: Path) -> No
         (error,) = result.stderr.splitlines()
         assert error.startswith("python -m serve.predict: error: ")
         assert name in error
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(
+    bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write(tmp_path / "in.jsonl", [{"text": "a"}]), tmp_path / "out"
+    words = ["predict", str(bundle_path), "--input", str(source), "--output", str(out), "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", words)
+    with no_file_beyond(10):
+        assert command.main() == 2
+    assert capsys.readouterr().err.endswith(f"error: [Errno 27] File too large: '{out}'\n")
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_no_text_gives_no_answer(bundle_path: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from models.encoder import Encoder, EncoderConfig
 from tests.train.tasks import N_LABELS, QUICK, metrics, run, write_jsonl, write_task
 from train.data import Dataset
-from train.prepare import label_texts
+from train.prepare import counts_and_weights
 from train.settings import new
 from train.tokens import label_counts, load_split
 
@@ -51,9 +51,22 @@ def test_what_is_measured_does_not_count_names(task, with_names, tmp_path):
     assert [len(split) for split in splits] == [300, 300 + N_LABELS]
     assert (label_counts(splits[1], labels) == label_counts(splits[0], labels) + 1).all()
     settings = new({"data": str(task), "out": str(tmp_path)})
-    (counts, weights), (counts_with, weights_with) = (label_texts(settings, split, labels) for split in splits)
+    (counts, weights), (counts_with, weights_with) = (counts_and_weights(settings, split, labels) for split in splits)
     assert (counts_with == counts).all()
     assert (weights_with == weights).all()
+
+
+def test_runs_with_and_without_names_measure_alike_and_share_a_cache(task, tmp_path):
+    deciles, told = [], []
+    for flags in ((), ("--train-on-names",), ()):
+        out = tmp_path / f"run{len(deciles)}"
+        assert run(task, out, *QUICK, *flags, "--epochs", "1", "--cache", str(tmp_path / "cache")) == 0
+        (row,) = (row for row in metrics(out) if row["kind"] == "eval")
+        deciles.append([[decile["labels"], decile["texts"], decile["positives"]] for decile in row["deciles"]])
+        told.append(json.loads((out / "config.json").read_text())["data"]["train"])
+    assert deciles[0] == deciles[1] == deciles[2]
+    assert told[0] | {"names": N_LABELS} == told[1]
+    assert told[0] == told[2]
 
 
 def test_labels_without_texts_are_found_by_their_names(tmp_path):
@@ -74,7 +87,6 @@ def test_labels_without_texts_are_found_by_their_names(tmp_path):
         bag = ("--small-layers", "0", "--intermediate", "0", "--fan-in", "32", "--head-init", "imprinted", "--epochs", "4")
         assert run(data, out, *QUICK, *bag, *flags) == 0
         found[flags] = [row["P@1"] for row in metrics(out) if row["kind"] == "eval"][-1]
-        assert json.loads((out / "config.json").read_text())["data"]["train"]["names"] == N_LABELS * len(flags)
     assert found[()] == 0
     assert found["--train-on-names",] > 0.5  # 1/40 by chance
 
