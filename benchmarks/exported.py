@@ -18,6 +18,7 @@ from train.metrics import Meter
 from train.prepare import counts_and_weights, dataset, read_splits
 from train.runs import Run
 from train.settings import resumed
+from train.tokens import label_counts
 
 
 def metrics_on_test(run: Path, dtype: str) -> tuple[dict[str, float], int]:
@@ -36,7 +37,7 @@ def metrics_on_test(run: Path, dtype: str) -> tuple[dict[str, float], int]:
     labels = data.labels()
     cache = Path(settings.cache) if settings.cache else run / "cache"
     splits = read_splits(settings, data, labels, data.hashes(), encoder, cache)
-    counts, weights = counts_and_weights(settings, splits["train"], labels)
+    counts, weights = counts_and_weights(settings, splits["train"], label_counts(splits["train"], labels))
     meter, screens = Meter(weights, counts), kernels.screen(head)
 
     def topk(x: torch.Tensor, k: int) -> Any:

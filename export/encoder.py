@@ -89,8 +89,7 @@ def _quantize(whole: Path, path: Path, external: bool) -> None:
     model = onnx.load(whole, load_external_data=False)
     del model.graph.value_info[:]  # the quantizer transposes weights and stumbles over their shapes there
     onnx.save(model, whole)
-    before, tempfile.tempdir = tempfile.tempdir, str(whole.parent)  # for files of the quantizer's, as large as the model
-    with _quiet("root"):
+    with _quiet("root"), _temporary_files_in(whole.parent):
         try:
             quantize_dynamic(
                 whole,
@@ -104,8 +103,6 @@ def _quantize(whole: Path, path: Path, external: bool) -> None:
             )
         except DecodeError as error:  # onnx writes a file for the quantizer and does not say when it finds no room
             raise OSError(ENOSPC, "a file that the quantizer reads was cut short; is the disk full?") from error
-        finally:
-            tempfile.tempdir = before
 
 
 def export_tokenizer(encoder: Encoder) -> str:
@@ -125,6 +122,16 @@ def _eager_attention(encoder: Encoder) -> Iterator[None]:
         yield
     finally:
         encoder.transformer.set_attn_implementation(before)
+
+
+@contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """The quantizer's are as large as the model: they go where there is room for that."""
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def prepare(settings: Settings, run: Run) -> Trainer:
     with stages("tokenization"):
         splits = read_splits(settings, data, labels, hashes, encoder, cache)
         counts = label_counts(splits["train"], labels)
-        text_counts, weights = counts_and_weights(settings, splits["train"], labels)
+        text_counts, weights = counts_and_weights(settings, splits["train"], counts)
     if head is None:
         with stages("grouping"):
             order = new_order(settings, encoder, splits["train"], labels, cache)
@@ -130,11 +130,14 @@ def dataset(settings: Settings) -> Dataset:
     return Dataset(Path(settings.data), titles_only=settings.titles_only, train_on_names=settings.train_on_names)
 
 
-def counts_and_weights(settings: Settings, train: Split, labels: Labels) -> tuple[np.ndarray, np.ndarray]:
-    """What metrics go by: the texts of each label, its name not among them, int64 [L], and its weight in PSP@k, fp64 [L]."""
-    counts = label_counts(train, labels) - (train.names > 0)
-    weights = inverse_propensities(counts, len(train) - train.names, a=settings.propensity_a, b=settings.propensity_b)
-    return counts, weights
+def counts_and_weights(settings: Settings, train: Split, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What metrics go by: the texts of each label, its name not among them, int64 [L], and its weight in PSP@k, fp64 [L].
+
+    counts   texts of each label as it is trained on them, its name among them if `train` has names, int64 [L]
+    """
+    text_counts = counts - (train.names > 0)
+    weights = inverse_propensities(text_counts, len(train) - train.names, a=settings.propensity_a, b=settings.propensity_b)
+    return text_counts, weights
 
 
 def read_splits(
